@@ -1,0 +1,204 @@
+"""One error class per cause.
+
+The first line of a class's docstring is its message, filled in with the keyword arguments it was
+raised with; it names the thing, the cause and the way out. ``exit_code`` is what the command line
+ends with. `docs/errors.md` is generated from this module.
+"""
+
+import inspect
+from typing import Any
+
+
+class CkptCacheError(Exception):
+    """The cache could not do what was asked: {reason}."""
+
+    exit_code = 1
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.fields = fields
+
+    def __str__(self) -> str:
+        template = inspect.getdoc(type(self)) or "{reason}"
+        return template.split("\n\n")[0].replace("\n", " ").format(**self.fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keyword-only arguments are lost by Exception's own pickling, and workers send these back.
+        return (_rebuild, (type(self), self.fields))
+
+
+def _rebuild(kind: type[CkptCacheError], fields: dict[str, Any]) -> CkptCacheError:
+    return kind(**fields)
+
+
+# --- settings and arguments: exit code 2 ---------------------------------------------------------
+
+
+class ConfigError(CkptCacheError):
+    """The settings don't work: {problems}."""
+
+    exit_code = 2
+
+
+class UnknownSetting(CkptCacheError):
+    """There is no setting {name!r} (in {source}){suggestion}."""
+
+    exit_code = 2
+
+
+class InvalidConfigFile(CkptCacheError):
+    """{path} cannot be read as settings: {reason}. Correct the file, or point to another."""
+
+    exit_code = 2
+
+
+class InvalidId(CkptCacheError):
+    """{id!r} is not a checkpoint id: ids hold only a-z, 0-9, '.', '_' and '-', at most 128 of them,
+    and begin with a letter or digit."""
+
+    exit_code = 2
+
+
+class InvalidName(CkptCacheError):
+    """{name!r} cannot be the name of a checkpoint: {reason}. Choose another name."""
+
+    exit_code = 2
+
+
+class AmbiguousId(CkptCacheError):
+    """{prefix!r} fits {count} checkpoints ({examples}): give more of the id."""
+
+    exit_code = 2
+
+
+class InvalidValue(CkptCacheError):
+    """{name} cannot be {value!r}: {reason}."""
+
+    exit_code = 2
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+class CacheNotFound(CkptCacheError):
+    """There is no cache at {path}: name one with --cache-dir or CKPTCACHE_DIR, or train first."""
+
+    exit_code = 3
+
+
+class CacheDirIsFile(CkptCacheError):
+    """{path} is a file, and a cache needs a folder: choose another cache_dir, or move the file."""
+
+
+class CacheDirNotWritable(CkptCacheError):
+    """Nothing can be written in {path} ({reason}): change its permissions, or choose another cache_dir."""
+
+
+class LockTimeout(CkptCacheError):
+    """Another process has held {path} for more than {seconds:g} seconds: wait for it, or find the
+    process that holds it and end it."""
+
+
+# --- the index -----------------------------------------------------------------------------------
+
+
+class IndexDamaged(CkptCacheError):
+    """The index {path} cannot be read: {reason}. `ckptcache doctor --repair` sets it aside and
+    rebuilds it from what is on disk."""
+
+    exit_code = 4
+
+
+class IndexTooNew(CkptCacheError):
+    """The index {path} has schema version {found}, and this ckptcache knows {known}: install a newer
+    ckptcache."""
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+class CheckpointNotFound(CkptCacheError):
+    """There is no checkpoint {id!r} in {path}: `ckptcache ls` lists those that are there."""
+
+    exit_code = 3
+
+
+class CheckpointMissing(CkptCacheError):
+    """The record of {id} is there and its file isn't ({reason}): bring the file back to {path}, or
+    choose another checkpoint."""
+
+    exit_code = 3
+
+
+class CheckpointDamaged(CkptCacheError):
+    """The checkpoint file {path} is damaged: {reason}. It must not be trusted; choose another checkpoint."""
+
+    exit_code = 4
+
+
+class NotACheckpoint(CkptCacheError):
+    """{path} is not a checkpoint that can be read: {reason}."""
+
+
+class UnsafeCheckpoint(CkptCacheError):
+    """{path} was refused, because reading it could run code: {reason}. Save it again as tensors and
+    plain values where it comes from."""
+
+
+class NotSavable(CkptCacheError):
+    """The state at {key!r} is {kind}, which could be saved but never be read back: {remedy}."""
+
+    exit_code = 2
+
+
+class NotRestorable(CkptCacheError):
+    """{key!r} could not be restored from {id}: {reason}. Everything is as it was before."""
+
+
+class SaveFailed(CkptCacheError):
+    """{id} could not be saved in {path}: {reason}. What was there before is untouched."""
+
+
+class NoSpace(SaveFailed):
+    """{id} needs {needed} bytes in {path}, where {free} are free: make room, or lower
+    max_cache_size_gb. What was there before is untouched."""
+
+
+class ExportFailed(CkptCacheError):
+    """{id} could not be exported to {path}: {reason}."""
+
+
+# --- sessions ------------------------------------------------------------------------------------
+
+
+class SessionClosed(CkptCacheError):
+    """Session {session} has ended: open a new one."""
+
+    exit_code = 2
+
+
+class DuplicateName(CkptCacheError):
+    """Two objects cannot both be registered as {name!r}: give one of them another name."""
+
+    exit_code = 2
+
+
+# --- training data -------------------------------------------------------------------------------
+
+
+class DataNotFound(CkptCacheError):
+    """{path} holds no training data: {reason}."""
+
+    exit_code = 2
+
+
+class DataTooSmall(CkptCacheError):
+    """{path} holds {tokens} tokens, and one block needs {needed}: add text, or lower block_size."""
+
+    exit_code = 2
+
+
+class TokenOutOfRange(CkptCacheError):
+    """{path} holds token {token}, and the vocabulary ends at {last}: raise vocab_size to at least {needed}."""
+
+    exit_code = 2

@@ -1,0 +1,455 @@
+"""The records: what a checkpoint, a session and a model are, as plain values that JSON can hold.
+
+Everything here is immutable and free of torch. Numbers that JSON can't hold (NaN, infinity) are
+written as the strings "nan", "inf" and "-inf", so that a diverged loss is told from an unknown one.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
+
+import orjson
+from blake3 import blake3
+
+from ckptcache.errors import InvalidId, InvalidName, InvalidValue
+
+SCHEMA_VERSION = 2
+"""Version 1 is the oldest layout: a flat mapping of id to record."""
+MAX_CURVE_POINTS = 200
+MAX_JSON_DEPTH = 64
+
+SaveReason = Literal["improved", "interval", "final", "signal", "manual", "growth"]
+Decision = Literal["evicted", "quarantined"]
+
+_ID = re.compile(r"\A[a-z0-9][a-z0-9._-]{0,127}\Z")
+_NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+RESERVED_NAMES = frozenset({"best", "latest", "auto", "never"})
+_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+# --- ids, names, hashes --------------------------------------------------------------------------
+
+
+def new_checkpoint_id(iteration: int, architecture: str, *, now: datetime | None = None) -> str:
+    """``ckpt_<UTC date>_<time>_<iteration>_<architecture>_<random>``; never used for ordering."""
+    moment = (now or datetime.now(UTC)).strftime("%Y%m%d_%H%M%S")
+    return f"ckpt_{moment}_{iteration:08d}_{architecture[:8]}_{secrets.token_hex(2)}"
+
+
+def new_session_id(*, now: datetime | None = None) -> str:
+    """``sess_<UTC date>_<time>_<random>``."""
+    moment = (now or datetime.now(UTC)).strftime("%Y%m%d_%H%M%S")
+    return f"sess_{moment}_{secrets.token_hex(4)}"
+
+
+def is_valid_id(text: object) -> bool:
+    """Whether `text` may be an id, and so may become a file name."""
+    return isinstance(text, str) and _ID.match(text) is not None and ".." not in text
+
+
+def check_id(text: str) -> str:
+    """`text`, or InvalidId."""
+    if not is_valid_id(text):
+        raise InvalidId(id=text)
+    return text
+
+
+def check_name(text: str) -> str:
+    """`text`, or InvalidName when it could be taken for an id or a resume policy."""
+    if not _NAME.match(text):
+        raise InvalidName(name=text, reason="names hold only letters, digits, '.', '_' and '-', at most 64")
+    if text in RESERVED_NAMES or text.startswith("ckpt_"):
+        raise InvalidName(name=text, reason="that word means something else already")
+    return text
+
+
+def utc_now() -> str:
+    """The time as it stands in records: ISO 8601, UTC, whole seconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def content_hash(value: Any) -> str:
+    """16 hex digits of BLAKE3 over the canonical JSON of `value`: the name under which it is stored."""
+    return blake3(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+# --- plain values --------------------------------------------------------------------------------
+
+
+def jsonable(value: Any, key: str = "value", depth: int = 0) -> Any:
+    """`value` as JSON can hold it: dataclasses, namespaces, tuples, paths and NumPy scalars converted.
+
+    Raises:
+        InvalidValue: something in it has no JSON form, or is nested too deeply; its key is named.
+    """
+    if depth > MAX_JSON_DEPTH:
+        raise InvalidValue(name=key, value="...", reason=f"it is nested more than {MAX_JSON_DEPTH} deep")
+    if value is None or type(value) in (str, bool):
+        return value
+    if isinstance(value, int | float | str):
+        return _plain_number(value, key)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    elif isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v, f"{key}.{k}", depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return [jsonable(v, f"{key}[{i}]", depth + 1) for i, v in enumerate(items)]
+    return _converted(value, key, depth)
+
+
+def _plain_number(value: int | float | str, key: str) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else encode_float(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise InvalidValue(name=key, value=value, reason="JSON holds whole numbers of at most 64 bits")
+    return str(value) if isinstance(value, str) else int(value)
+
+
+def _converted(value: Any, key: str, depth: int) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(item := getattr(value, "item", None)) and getattr(value, "size", None) in (1, None):
+        return jsonable(item(), key, depth + 1)
+    if type(value).__module__ == "torch":
+        return str(value)
+    raise InvalidValue(
+        name=key,
+        value=value,
+        reason="only numbers, text, true, false, None, lists and mappings of them are kept",
+    )
+
+
+def encode_float(value: float) -> float | str:
+    """`value`, or "nan", "inf", "-inf"."""
+    if math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+
+
+def decode_float(value: Any, key: str) -> float:
+    """The float that `encode_float` wrote; ValueError naming `key` for anything else."""
+    if isinstance(value, str) and value in _NONFINITE:
+        return _NONFINITE[value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} must be a number, not {value!r}")
+    return float(value)
+
+
+def as_float(value: Any, name: str) -> float:
+    """A Python float of anything with one value: int, NumPy scalar, one-element tensor."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidValue(name=name, value=value, reason="it is not a number") from error
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMetadata:
+    """What is known of one checkpoint: the record that the index, its sidecar and its file hold.
+
+    Order is by (`sequence`, `id`), the sequence being Lamport's clock (Lamport, "Time, Clocks, and
+    the Ordering of Events in a Distributed System", 1978): one more than the greatest seen.
+    """
+
+    id: str
+    sequence: int = 0
+    revision: int = 0
+    """Raised at every change of a mutable field; the higher one wins a merge."""
+    created_at: str = ""
+    session: str | None = None
+    parents: tuple[str, ...] = ()
+    iteration: int = 0
+    """Optimizer steps taken when it was saved."""
+    epoch: float | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    """Loss on the validation data at this iteration. None: not evaluated. NaN or infinite: diverged."""
+    last_val_loss: float | None = None
+    """For a save made between evaluations: the last validation loss before it."""
+    last_val_loss_iteration: int | None = None
+    learning_rate: tuple[float, ...] = ()
+    """One per parameter group."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    quality_score: float | None = None
+    """The quality at the time of saving; listings give it afresh under the settings in force."""
+    save_reason: str = "manual"
+    model_config: str | None = None
+    """Hash under which the index holds the model's configuration; likewise the next three."""
+    training_config: str | None = None
+    data_config: str | None = None
+    fingerprint: str | None = None
+    contents: tuple[str, ...] = ()
+    """Names of the parts of the state that can be restored."""
+    tags: tuple[str, ...] = ()
+    notes: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    pinned: bool = False
+    decision: str | None = None
+    """"evicted" or "quarantined"; None while nothing was decided against it."""
+    decision_reason: str | None = None
+    size: int | None = None
+    """Bytes of the file."""
+    digest: str | None = None
+    """``blake3:<hex>``, what `b3sum` prints for the file."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that a later version wrote; kept as they are."""
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """What "earlier" and "later" mean: (sequence, id)."""
+        return self.sequence, self.id
+
+    def to_json(self, *, full: bool = False) -> dict[str, Any]:
+        """The record as JSON holds it; empty fields are left out unless `full`."""
+        return _to_json(self, full)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises ValueError, naming the field, when `data` is not a record."""
+        record = cls(**_from_json(cls, data, _CHECKPOINT_READERS))
+        if not is_valid_id(record.id):
+            raise ValueError(f"id {record.id!r} is not a valid id")
+        return record
+
+    def changed(self, **fields: Any) -> Self:
+        """A copy with `fields` replaced and the revision raised."""
+        return dataclasses.replace(self, revision=self.revision + 1, **fields)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionRecord:
+    """One process's stretch of training, as the index keeps it."""
+
+    id: str
+    sequence: int = 0
+    revision: int = 0
+    parent: str | None = None
+    """The checkpoint that it resumed from; None for a fresh start."""
+    resume: str = "best"
+    reseeded: bool = False
+    config: str | None = None
+    """Hash of the model's, training's and data's configuration together."""
+    started_at: str = ""
+    ended_at: str | None = None
+    start_iteration: int = 0
+    end_iteration: int = 0
+    first_val_loss: float | None = None
+    last_val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_checkpoint: str | None = None
+    saved: int = 0
+    evicted: int = 0
+    failed_saves: int = 0
+    seconds: float = 0.0
+    stop_reason: str | None = None
+    """finished | max_seconds | signal | diverged | nothing_to_do | error; None while it runs or was cut short."""
+    curves: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    """Per quantity, at most `MAX_CURVE_POINTS` pairs of iteration and value."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """What "earlier" and "later" mean: (sequence, id)."""
+        return self.sequence, self.id
+
+    def to_json(self, *, full: bool = False) -> dict[str, Any]:
+        """The record as JSON holds it; empty fields are left out unless `full`."""
+        return _to_json(self, full)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises ValueError, naming the field, when `data` is not a session."""
+        session = cls(**_from_json(cls, data, _SESSION_READERS))
+        if not is_valid_id(session.id):
+            raise ValueError(f"id {session.id!r} is not a valid id")
+        return session
+
+    def changed(self, **fields: Any) -> Self:
+        """A copy with `fields` replaced and the revision raised."""
+        return dataclasses.replace(self, revision=self.revision + 1, **fields)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamePointer:
+    """A movable pointer to a checkpoint; what it points to is protected."""
+
+    checkpoint: str
+    revision: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"checkpoint": self.checkpoint, "revision": self.revision}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises ValueError when `data` is not a pointer."""
+        if not is_valid_id(data.get("checkpoint")) or not isinstance(data.get("revision", 0), int):
+            raise ValueError(f"{dict(data)!r} is not a pointer to a checkpoint")
+        return cls(checkpoint=data["checkpoint"], revision=data.get("revision", 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fingerprint:
+    """What a model is, computed from it and not declared.
+
+    Attributes:
+        parameters: canonical name of each tensor of the model's state to its dtype and shape,
+            written like ``float32[256, 64]``.
+        optimizers: name of each optimizer to its class and the number of parameters per group.
+    """
+
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "parameters": dict(self.parameters),
+            "optimizers": {k: dict(v) for k, v in self.optimizers.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises ValueError when `data` is not a fingerprint."""
+        parameters, optimizers = data.get("parameters", {}), data.get("optimizers", {})
+        if not isinstance(parameters, dict) or not all(isinstance(v, str) for v in parameters.values()):
+            raise ValueError("a fingerprint's parameters must map names to text")
+        if not isinstance(optimizers, dict) or not all(isinstance(v, dict) for v in optimizers.values()):
+            raise ValueError("a fingerprint's optimizers must map names to mappings")
+        return cls(parameters=parameters, optimizers=optimizers)
+
+
+# --- reading and writing records -----------------------------------------------------------------
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be text, not {value!r}")
+    return value
+
+
+def _count(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} must be a whole number of at least 0, not {value!r}")
+    return value
+
+
+def _flag(value: Any, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, not {value!r}")
+    return value
+
+
+def _texts(value: Any, key: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{key} must be a list of texts, not {value!r}")
+    return tuple(value)
+
+
+def _floats(value: Any, key: str) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{key} must be a list of numbers, not {value!r}")
+    return tuple(decode_float(v, key) for v in value)
+
+
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a mapping, not {value!r}")
+    return value
+
+
+def _metrics(value: Any, key: str) -> Mapping[str, float]:
+    return {k: decode_float(v, f"{key}.{k}") for k, v in _mapping(value, key).items()}
+
+
+def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]:
+    curves = {}
+    for name, points in _mapping(value, key).items():
+        if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 for p in points):
+            raise ValueError(f"{key}.{name} must be a list of pairs")
+        curves[name] = tuple((_count(i, f"{key}.{name}"), decode_float(v, f"{key}.{name}")) for i, v in points)
+    return curves
+
+
+_CHECKPOINT_READERS: dict[str, Any] = {
+    **dict.fromkeys(("id", "created_at", "session", "save_reason", "model_config", "training_config"), _text),
+    **dict.fromkeys(("data_config", "fingerprint", "notes", "decision", "decision_reason", "digest"), _text),
+    **dict.fromkeys(("sequence", "revision", "iteration", "last_val_loss_iteration", "size"), _count),
+    **dict.fromkeys(("epoch", "train_loss", "val_loss", "last_val_loss", "quality_score"), decode_float),
+    **dict.fromkeys(("parents", "contents", "tags"), _texts),
+    **dict.fromkeys(("extra", "environment"), _mapping),
+    "learning_rate": _floats,
+    "metrics": _metrics,
+    "pinned": _flag,
+}
+_SESSION_READERS: dict[str, Any] = {
+    **dict.fromkeys(("id", "parent", "resume", "config", "started_at", "ended_at"), _text),
+    **dict.fromkeys(("best_checkpoint", "stop_reason"), _text),
+    **dict.fromkeys(("sequence", "revision", "start_iteration", "end_iteration"), _count),
+    **dict.fromkeys(("saved", "evicted", "failed_saves"), _count),
+    **dict.fromkeys(("first_val_loss", "last_val_loss", "best_val_loss", "seconds"), decode_float),
+    "reseeded": _flag,
+    "curves": _curves,
+    "environment": _mapping,
+}
+
+
+def _from_json(cls: type[Any], data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(data, dict) or "id" not in data:
+        raise ValueError(f"a {cls.__name__} must be a mapping with an id")
+    fields: dict[str, Any] = {}
+    unknown: dict[str, Any] = {}
+    for key, value in data.items():
+        reader = readers.get(key)
+        if reader is None:
+            unknown[key] = value
+        elif value is not None:
+            fields[key] = reader(value, key)
+    return {**fields, "unknown": unknown} if unknown else fields
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return encode_float(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _to_json(record: Any, full: bool) -> dict[str, Any]:
+    data = {
+        name: _plain(getattr(record, name))
+        for name in _field_names(type(record))
+        if full or ((value := getattr(record, name)) is not False and value not in (None, "", (), {}))
+    }
+    return {**record.unknown, **data}
+
+
+@functools.cache
+def _field_names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls) if f.name != "unknown")
+
+
+def thin(points: Iterable[tuple[int, float]], limit: int = MAX_CURVE_POINTS) -> tuple[tuple[int, float], ...]:
+    """At most `limit` of `points`, evenly spread, the first and the last among them."""
+    items = list(points)
+    if len(items) <= limit:
+        return tuple(items)
+    step = (len(items) - 1) / (limit - 1)
+    return tuple(items[round(i * step)] for i in range(limit))

@@ -1,0 +1,1 @@
+"""Pure decisions over records, each answered with its reason; no disk, no torch."""

@@ -1,0 +1,1 @@
+"""Live training objects, captured and restored; knows nothing of files."""

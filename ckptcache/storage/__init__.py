@@ -1,0 +1,1 @@
+"""Bytes on disk; knows nothing of scores or of training."""
