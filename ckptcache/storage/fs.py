@@ -1,0 +1,359 @@
+"""The only module that writes, syncs, renames, removes or locks a file.
+
+What a durable write may rely on: data reach the disk with fsync of the file; a new or renamed name
+reaches it with fsync of the folder. Neither is promised by rename alone. A failed fsync is never
+retried: Linux marks the pages clean after reporting the error once, so that a second call that
+succeeds proves nothing (Rebello et al., "Can Applications Recover from fsync Failures?", 2020).
+"""
+
+import errno
+import functools
+import os
+import shutil
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import orjson
+from filelock import FileLock, Timeout
+
+from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable, CkptCacheError, LockTimeout, NotACheckpoint
+
+LOCK_TIMEOUT = 120.0
+"""Seconds to wait for the index; it is held for milliseconds, so more than this means a stuck process."""
+TEMP_SUFFIX = ".tmp"
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+class System:
+    """The system calls that change anything, one method each, so that a test can fail or count them."""
+
+    def create(self, path: Path) -> int:
+        """Open a new file for writing; never an existing one, and never through a link."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o666)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """Write some of `data`; returns how many bytes."""
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        """Bring the file's data to the disk; on macOS past the drive's cache too."""
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+    def fsync_folder(self, path: Path) -> None:
+        """Bring a folder's names to the disk; Windows has no such call and orders them itself."""
+        if os.name == "nt":
+            return
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            self.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename, taking the target's place at one instant."""
+        source.replace(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for the same file."""
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name."""
+        path.unlink()
+
+    def mkdir(self, path: Path) -> None:
+        """Create one folder."""
+        path.mkdir()
+
+
+system = System()
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def ensure_folder(path: Path) -> Path:
+    """Create `path` and its parents, durably; returns it.
+
+    Raises:
+        CacheDirIsFile: something that isn't a folder stands at `path` or above it.
+        CacheDirNotWritable: the system refuses.
+    """
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_symlink():
+        raise CacheDirIsFile(path=path)
+    ensure_folder(path.parent)
+    try:
+        with suppress(FileExistsError):
+            system.mkdir(path)
+        system.fsync_folder(path.parent)
+    except OSError as error:
+        raise CacheDirNotWritable(path=path.parent, reason=reason_of(error)) from error
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that an ordinary user may still write on the file system of `path` or its nearest parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A regular file found in a folder."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+def scan(folder: Path) -> dict[str, Entry]:
+    """The regular files directly in `folder`, by name; links are left out, a missing folder is empty."""
+    try:
+        with os.scandir(folder) as entries:
+            return {e.name: _entry(e) for e in entries if e.is_file(follow_symlinks=False)}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def _entry(entry: "os.DirEntry[str]") -> Entry:
+    status = entry.stat(follow_symlinks=False)
+    return Entry(entry.name, status.st_size, status.st_mtime_ns)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, never through a link.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        NotACheckpoint: it is a link, a folder or a device.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe would otherwise wait for its writer for ever.
+        fd = os.open(path, os.O_RDONLY | _NO_FOLLOW | _BINARY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise NotACheckpoint(path=path, reason="it is not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NotACheckpoint(path=path, reason="it is not a regular file")
+    return os.fdopen(fd, "rb")
+
+
+def read_bytes(path: Path, *, limit: int) -> bytes:
+    """All of a small regular file; ValueError when it is longer than `limit` bytes."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is longer than {limit} bytes")
+    return data
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+class TempFile:
+    """A new file beside its final place, invisible to readers until it is published.
+
+    Its name ends in ``.<writer>.tmp``, so that what a crash leaves behind can be told from what a
+    living writer is still at.
+    """
+
+    def __init__(self, final: Path, writer: str) -> None:
+        self.final = final
+        self.path = final.with_name(f"{final.name}.{writer}{TEMP_SUFFIX}")
+        self._fd: int | None = system.create(self.path)
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, which is anything with a buffer; returns its length in bytes."""
+        view = memoryview(data).cast("B")
+        rest = view
+        while len(rest):
+            rest = rest[system.write(self._open(), rest) :]
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered here; writers of archives call it."""
+
+    def sync(self) -> None:
+        """Bring the data to the disk and close."""
+        system.fsync(self._open())
+        self.close()
+
+    def close(self) -> None:
+        """Close without a sync; a second call does nothing."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def publish(self) -> None:
+        """Take the final name; the caller syncs the folder."""
+        system.replace(self.path, self.final)
+
+    def discard(self) -> None:
+        """Remove what was written; nothing to do once published."""
+        self.close()
+        with suppress(FileNotFoundError):
+            system.unlink(self.path)
+
+    def _open(self) -> int:
+        if self._fd is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._fd
+
+
+def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
+    """Write a small file so that readers, and a power cut, see the old one or the new, whole and durable."""
+    temp = TempFile(path, writer)
+    try:
+        temp.write(data)
+        temp.sync()
+        temp.publish()
+    except BaseException:
+        temp.discard()
+        raise
+    sync_folder(path.parent)
+
+
+def keep_generation(path: Path, kept: Path, *, writer: str) -> None:
+    """Make `kept` a second name of the present file at `path`, which itself never disappears."""
+    temp = kept.with_name(f"{kept.name}.{writer}{TEMP_SUFFIX}")
+    try:
+        system.link(path, temp)
+    except FileNotFoundError:
+        return
+    except OSError:
+        # File systems without hard links (FAT, some network ones) get a copy.
+        write_atomically(kept, path.read_bytes(), writer=writer)
+        return
+    system.replace(temp, kept)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's names to the disk."""
+    system.fsync_folder(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within the cache, durably on both sides."""
+    system.replace(source, target)
+    sync_folder(target.parent)
+    if source.parent != target.parent:
+        sync_folder(source.parent)
+
+
+def remove(path: Path, *, root: Path) -> bool:
+    """Remove a regular file inside `root`; returns whether it was there.
+
+    Raises:
+        ValueError: `path` is not inside `root`; nothing outside a cache is ever removed.
+    """
+    if not path.parent.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path} is outside {root}")
+    try:
+        system.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def reason_of(error: OSError) -> str:
+    """The cause of a system error in the system's own words."""
+    return (error.strerror or str(error)).lower() if error.errno else str(error)
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+_in_process = threading.RLock()
+
+
+@contextmanager
+def locked(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+    """Hold the cross-process lock file `path`, which is created at need and never removed.
+
+    Raises:
+        LockTimeout: another process kept it for `timeout` seconds.
+    """
+    lock = FileLock(path, poll_interval=0.002)
+    with _in_process:
+        try:
+            lock.acquire(timeout=timeout)
+        except Timeout as error:
+            raise LockTimeout(path=path, seconds=timeout) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+LeaseState = Literal["live", "dead", "unknown"]
+
+
+class Lease:
+    """A lock file held for as long as its owner lives; the system frees it when the owner dies.
+
+    filelock drops it in forked children, so that a worker that outlives its parent doesn't keep it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._owner = os.getpid()
+        self._lock = FileLock(path, thread_local=False)
+        # Whoever looks whether it is held takes it for an instant, hence not timeout=0.
+        self._lock.acquire(timeout=LOCK_TIMEOUT)
+        path.write_bytes(orjson.dumps({**_this_machine(), "pid": self._owner}))
+
+    def release(self) -> None:
+        """Give it back and remove the file: its name is used once, so that nobody waits for it."""
+        if os.getpid() != self._owner or not self._lock.is_locked:
+            return
+        with suppress(OSError):
+            system.unlink(self.path)
+        self._lock.release()
+
+
+def lease_state(path: Path) -> LeaseState:
+    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot."""
+    try:
+        content = orjson.loads(read_bytes(path, limit=4096))
+    except FileNotFoundError:
+        return "dead"
+    except (OSError, ValueError, CkptCacheError):
+        content = {}
+    if not isinstance(content, dict) or any(content.get(k) != v for k, v in _this_machine().items()):
+        return "unknown"
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return "live"
+    lock.release()
+    return "dead"
+
+
+@functools.cache
+def _this_machine() -> dict[str, str]:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return {"host": socket.gethostname(), "boot_id": boot}

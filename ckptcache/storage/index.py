@@ -1,0 +1,322 @@
+"""`metadata.json`, the index: what it holds, how it is read, merged and committed.
+
+A checkpoint counts from the moment the index that names it is durable. The index holds decisions;
+what is on the disk is observed (`reconcile`), so that the file never changes by being looked at.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+from blake3 import blake3
+
+from ckptcache.errors import IndexDamaged, IndexTooNew, NotACheckpoint
+from ckptcache.metadata import (
+    SCHEMA_VERSION,
+    CheckpointMetadata,
+    Fingerprint,
+    NamePointer,
+    SessionRecord,
+    content_hash,
+    is_valid_id,
+    jsonable,
+)
+from ckptcache.storage import fs
+
+INDEX_NAME = "metadata.json"
+MAX_INDEX_BYTES = 256 * 1024 * 1024
+_JSON = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+_PARTS = ("checkpoints", "sessions", "names", "configs", "fingerprints")
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Index:
+    """Everything that `metadata.json` holds. The records are immutable, the mappings are not."""
+
+    checkpoints: dict[str, CheckpointMetadata] = field(default_factory=dict)
+    sessions: dict[str, SessionRecord] = field(default_factory=dict)
+    names: dict[str, NamePointer] = field(default_factory=dict)
+    configs: dict[str, Any] = field(default_factory=dict)
+    """Configurations by the hash of their content, stored once however many records name them."""
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
+    """Top-level fields that a later version wrote; kept as they are."""
+
+    @property
+    def sequence(self) -> int:
+        """The greatest sequence seen; the next record gets one more."""
+        checkpoints = max((r.sequence for r in self.checkpoints.values()), default=0)
+        return max(checkpoints, max((s.sequence for s in self.sessions.values()), default=0))
+
+    def copy(self) -> "Index":
+        """An index whose mappings can be changed without changing these."""
+        return Index(**{name: dict(getattr(self, name)) for name in (*_PARTS, "unknown")})
+
+    def store_config(self, config: Any) -> str | None:
+        """Keep a JSON-plain configuration and return the hash that names it; None for none."""
+        if config is None:
+            return None
+        name = content_hash(config)
+        self.configs[name] = config
+        return name
+
+    def store_fingerprint(self, fingerprint: Fingerprint | None) -> str | None:
+        """Keep a fingerprint and return the hash that names it; None for none."""
+        if fingerprint is None:
+            return None
+        name = content_hash(fingerprint.to_json())
+        self.fingerprints[name] = fingerprint
+        return name
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def parse(data: bytes, path: Path) -> Index:
+    """The index in `data`, older versions upgraded; `path` is for the message only.
+
+    Raises:
+        IndexDamaged: it isn't JSON, holds NaN, or something in it is of the wrong kind.
+        IndexTooNew: a later version wrote it.
+    """
+    document = _loads(data, path)
+    try:
+        if "schema_version" not in document:
+            return upgrade_flat(document)
+        _check_version(document["schema_version"], path)
+        return Index(
+            checkpoints=_records(document, "checkpoints", CheckpointMetadata.from_json),
+            sessions=_records(document, "sessions", SessionRecord.from_json),
+            names=_values(document, "names", NamePointer.from_json),
+            configs=_values(document, "configs", lambda config: config),
+            fingerprints=_values(document, "fingerprints", Fingerprint.from_json),
+            unknown={k: v for k, v in document.items() if k not in (*_PARTS, "schema_version")},
+        )
+    except ValueError as error:
+        raise IndexDamaged(path=path, reason=error) from error
+
+
+def _loads(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        document = _oldest_with_nan(data)
+        if document is None:
+            raise IndexDamaged(path=path, reason=f"it isn't JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise IndexDamaged(path=path, reason="it isn't a mapping")
+    return document
+
+
+def _oldest_with_nan(data: bytes) -> Any:
+    """The oldest layout was written by `json.dump`, which writes NaN for a diverged loss; nothing later was."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) and "schema_version" not in document else None
+
+
+def _check_version(version: Any, path: Path) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"schema_version {version!r} is not a version")
+    if version > SCHEMA_VERSION:
+        raise IndexTooNew(path=path, found=version, known=SCHEMA_VERSION)
+
+
+def _values(document: Mapping[str, Any], part: str, read: Callable[[Any], T]) -> dict[str, T]:
+    values = document.get(part, {})
+    if not isinstance(values, dict) or (part != "configs" and not all(isinstance(v, dict) for v in values.values())):
+        raise ValueError(f"{part} must be a mapping of mappings")
+    return {key: read(value) for key, value in values.items()}
+
+
+def _records(document: Mapping[str, Any], part: str, read: Callable[[Any], T]) -> dict[str, T]:
+    values = document.get(part, {})
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise ValueError(f"{part} must be a mapping of mappings")
+    return {key: read({**value, "id": key}) for key, value in values.items()}
+
+
+# --- the oldest layout ---------------------------------------------------------------------------
+
+_FLAT_RENAMED = {"checkpoint_id": "id", "timestamp": "created_at", "parent_checkpoint": "parents"}
+_FLAT_KEPT = ("epoch", "train_loss", "val_loss", "metrics", "tags", "notes", "created_at", "quality_score")
+_FLAT_DROPPED = frozenset({"file_path", "file_size_mb", "file_size", "path"})
+
+
+def upgrade_flat(document: Mapping[str, Any]) -> Index:
+    """The index that the oldest layout amounts to: a flat mapping of id to record, configurations inline.
+
+    A path in a record is never followed. What this version has no field for stays in `extra`.
+    Raises ValueError, naming the record, when it isn't that layout.
+    """
+    index = Index()
+    items = [(key, value) for key, value in document.items() if is_valid_id(key) and isinstance(value, dict)]
+    if len(items) != len(document):
+        odd = next(key for key in document if not (is_valid_id(key) and isinstance(document[key], dict)))
+        raise ValueError(f"it has no schema_version, and {odd!r} is not a record")
+    ordered = sorted(
+        items, key=lambda item: (str(item[1].get("created_at") or item[1].get("timestamp") or ""), item[0])
+    )
+    for sequence, (key, flat) in enumerate(ordered, start=1):
+        index.checkpoints[key] = _upgrade_record(key, sequence, flat, index)
+    return index
+
+
+def _flat_order(item: tuple[str, Mapping[str, Any]]) -> tuple[str, str]:
+    return str(item[1].get("created_at") or item[1].get("timestamp") or ""), item[0]
+
+
+def _upgrade_record(key: str, sequence: int, flat: Mapping[str, Any], index: Index) -> CheckpointMetadata:
+    record = {_FLAT_RENAMED.get(k, k): v for k, v in flat.items()}
+    configs = {
+        name: index.store_config(jsonable(record[name], name))
+        for name in ("model_config", "training_config", "data_config")
+        if record.get(name)
+    }
+    known = {name: record[name] for name in _FLAT_KEPT if record.get(name) is not None}
+    handled = {*_FLAT_KEPT, *_FLAT_DROPPED, *configs, "id", "iteration", "learning_rate", "parents"}
+    extra = {k: jsonable(v, k) for k, v in record.items() if k not in handled and v not in (None, {}, [])}
+    rate, parent = record.get("learning_rate"), record.get("parents")
+    return CheckpointMetadata.from_json(
+        {
+            **jsonable(known),
+            **configs,
+            "id": key,
+            "sequence": sequence,
+            "iteration": int(record.get("iteration") or 0),
+            "learning_rate": [] if rate is None else jsonable(rate if isinstance(rate, list) else [rate]),
+            "parents": [parent] if is_valid_id(parent) else [],
+            "extra": extra,
+        }
+    )
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def serialise(index: Index) -> bytes:
+    """The index as JSON: sorted and indented, so that git shows what changed; unused configurations dropped."""
+    used = _references(index)
+    document = {
+        **index.unknown,
+        "schema_version": SCHEMA_VERSION,
+        "checkpoints": {key: _without_id(record) for key, record in index.checkpoints.items()},
+        "sessions": {key: _without_id(session) for key, session in index.sessions.items()},
+        "names": {key: name.to_json() for key, name in index.names.items()},
+        "configs": {key: value for key, value in index.configs.items() if key in used},
+        "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
+    }
+    return orjson.dumps(document, option=_JSON)
+
+
+def _without_id(record: CheckpointMetadata | SessionRecord) -> dict[str, Any]:
+    data = record.to_json()
+    del data["id"]
+    return data
+
+
+def _references(index: Index) -> set[str | None]:
+    used: set[str | None] = {session.config for session in index.sessions.values()}
+    for record in index.checkpoints.values():
+        used.update((record.model_config, record.training_config, record.data_config, record.fingerprint))
+    return used
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+
+def merge(base: Index, ours: Index, theirs: Index) -> Index:
+    """Three-way, by record: the union, the higher revision of what both changed, removals against `base`.
+
+    Each entry takes the greater of both sides in the order: as in the base, removed, changed (by
+    revision, then by content). That is a join, so the merge is associative, commutative and
+    idempotent, and nothing that one side changed is lost to a removal on the other.
+    """
+    return Index(
+        **{
+            part: _merge_part(getattr(base, part), getattr(ours, part), getattr(theirs, part))
+            for part in (*_PARTS, "unknown")
+        }
+    )
+
+
+def _merge_part(base: dict[str, T], ours: dict[str, T], theirs: dict[str, T]) -> dict[str, T]:
+    merged = {}
+    for key in {**base, **ours, **theirs}:
+        before = base.get(key)
+        winner = max((ours.get(key), theirs.get(key)), key=lambda entry: _precedence(before, entry))
+        if winner is not None:
+            merged[key] = winner
+    return merged
+
+
+def _precedence(before: Any, entry: Any) -> tuple[int, int, bytes]:
+    if entry is None:
+        return (1 if before is not None else -1), 0, b""
+    if before is not None and _content(entry) == _content(before):
+        return 0, 0, b""
+    return 2, getattr(entry, "revision", 0), _content(entry)
+
+
+def _content(entry: Any) -> bytes:
+    plain = entry.to_json() if hasattr(entry, "to_json") else entry
+    return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+class IndexFile:
+    """`metadata.json` in its folder: read without a lock, changed under one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.path = root / INDEX_NAME
+        self.previous = root / f"{INDEX_NAME}.prev"
+        self.lock = root / f"{INDEX_NAME}.lock"
+        self._seen: tuple[bytes, Index] | None = None
+
+    def read(self) -> Index | None:
+        """The committed index; None where there is none yet. The result must not be changed.
+
+        Raises IndexDamaged or IndexTooNew.
+        """
+        try:
+            data = read_index_bytes(self.path)
+        except FileNotFoundError:
+            return None
+        # Told apart by content: inode, time and size can all be the same again after two quick commits.
+        digest = blake3(data).digest()
+        if self._seen is None or self._seen[0] != digest:
+            self._seen = (digest, parse(data, self.path))
+        return self._seen[1]
+
+    @contextmanager
+    def held(self, *, timeout: float = fs.LOCK_TIMEOUT) -> Iterator[None]:
+        """Hold the lock; whatever is read inside stays true until it is left."""
+        fs.ensure_folder(self.root)
+        with fs.locked(self.lock, timeout=timeout):
+            yield
+
+    def commit(self, index: Index, *, writer: str) -> None:
+        """Make `index` the committed one, durably, and the present one `.prev`; the lock must be held."""
+        data = serialise(index)
+        fs.keep_generation(self.path, self.previous, writer=writer)
+        fs.write_atomically(self.path, data, writer=writer)
+        self._seen = (blake3(data).digest(), index.copy())
+
+
+def read_index_bytes(path: Path) -> bytes:
+    """The bytes of the index file `path`; raises IndexDamaged or FileNotFoundError."""
+    try:
+        return fs.read_bytes(path, limit=MAX_INDEX_BYTES)
+    except (ValueError, NotACheckpoint) as error:
+        raise IndexDamaged(path=path, reason=error) from error

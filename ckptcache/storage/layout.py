@@ -1,0 +1,42 @@
+"""Where everything lies in a cache folder. A path is derived from an id, never read from a record."""
+
+from pathlib import Path
+
+from ckptcache.metadata import check_id
+from ckptcache.storage import fs
+
+
+class Layout:
+    """The paths of one cache folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.sessions = root / "sessions"
+        self.quarantine = root / "quarantine"
+        self.data = root / "data"
+
+    def checkpoint(self, id: str) -> Path:
+        """The file of a checkpoint."""
+        return self.checkpoints / f"{check_id(id)}.pt"
+
+    def sidecar(self, id: str) -> Path:
+        """The record of a checkpoint, beside its file."""
+        return self.checkpoints / f"{check_id(id)}.json"
+
+    def lease(self, owner: str) -> Path:
+        """The lock file that a session or writer holds while it lives."""
+        return self.sessions / f"{check_id(owner)}.lock"
+
+    def locate(self, id: str) -> Path:
+        """Where the file of a checkpoint is: the oldest layout also kept files beside the index."""
+        path, beside = self.checkpoint(id), self.root / f"{id}.pt"
+        return beside if not path.exists() and beside.is_file() else path
+
+    def files(self) -> dict[str, fs.Entry]:
+        """The checkpoint files that are there, by id."""
+        return {**_by_id(fs.scan(self.root), ".pt"), **_by_id(fs.scan(self.checkpoints), ".pt")}
+
+
+def _by_id(entries: dict[str, fs.Entry], ending: str) -> dict[str, fs.Entry]:
+    return {name.removesuffix(ending): entry for name, entry in entries.items() if name.endswith(ending)}
