@@ -145,6 +145,12 @@ class UnsafeCheckpoint(CkptCacheError):
     plain values where it comes from."""
 
 
+class Incompatible(CkptCacheError):
+    """{id} can't be resumed from by this run: it {reason}. Choose another checkpoint, or start fresh."""
+
+    exit_code = 3
+
+
 class NotSavable(CkptCacheError):
     """The state at {key!r} is {kind}, which could be saved but never be read back: {remedy}."""
 

@@ -435,7 +435,7 @@ def _plain(value: Any) -> Any:
 def _to_json(record: Any, full: bool) -> dict[str, Any]:
     data = {
         name: _plain(getattr(record, name))
-        for name in _field_names(type(record))
+        for name in _field_names(record.__class__)
         if full or ((value := getattr(record, name)) is not False and value not in (None, "", (), {}))
     }
     return {**record.unknown, **data}

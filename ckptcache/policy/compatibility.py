@@ -3,8 +3,7 @@
 Values are compared as JSON holds them: 4 and 4.0 are the same number, 1 and true are not the same value.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ NOT_IDENTITY = frozenset(
     }
 )
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _ABSENT = "absent"
 _NAMED = 3
 _MAX_TEXT = 80
@@ -172,8 +170,13 @@ def _optimizer_differences(saved: Fingerprint | None, needed: Fingerprint | None
     return [
         Difference("optimizer", name, _text(ours, name), _text(theirs, name), True)
         for name in theirs
-        if name not in ours or not _same(ours[name], theirs[name])
+        if name not in ours or _differ_where_known(ours[name], theirs[name])
     ]
+
+
+def _differ_where_known(saved: Mapping[str, Any], needed: Mapping[str, Any]) -> bool:
+    # A bare state_dict tells the sizes of an optimizer's groups, and not its class.
+    return any(not _same(saved[key], needed[key]) for key in saved.keys() & needed.keys())
 
 
 def _data_differences(saved: Mapping[str, Any] | None, needed: Mapping[str, Any] | None) -> list[Difference]:
@@ -276,31 +279,3 @@ def _canonical_value(value: Any) -> Any:
 def _text(values: Mapping[str, Any], key: str) -> str:
     text = repr(values[key]) if key in values else _ABSENT
     return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 3]}..."
-
-
-# --- canonical names -----------------------------------------------------------------------------
-
-
-def canonical_name(name: str) -> str:
-    """`name` without what wrappers add: `module._orig_mod.h.0._fsdp_wrapped_module.w` is `h.0.w`.
-
-    `_orig_mod` (torch.compile), `_fsdp_wrapped_module` and `_checkpoint_wrapped_module` go wherever they stand
-    as a component: these wrap single layers too, and nobody calls a layer that. `module`, which DDP adds around
-    the whole model, goes at the start only, however often: further in, it may be a user's own name, and
-    `layer.module.weight` and `layer.weight` may be two tensors. The last component always stays.
-    """
-    *path, last = name.split(".")
-    inner = [part for part in path if part not in _WRAPPERS]
-    while inner and inner[0] == "module":
-        inner.pop(0)
-    return ".".join([*inner, last])
-
-
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Each of `names` to its canonical name, or to itself where two of them would become one.
-
-    No two share a value: a name that is kept has a canonical name that is shared, so it is nobody else's.
-    """
-    canonical = {name: canonical_name(name) for name in names}
-    shared = Counter(canonical.values())
-    return {name: short if shared[short] == 1 else name for name, short in canonical.items()}

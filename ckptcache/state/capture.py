@@ -110,8 +110,7 @@ def module_state(module: nn.Module, key: str) -> OrderedDict[str, Any]:
     """A module's `state_dict` under canonical names: the same whether it is compiled, wrapped or plain."""
     saved = module.state_dict()
     canonical = canonical_names(saved)
-    state = OrderedDict((canonical[name], to_plain(value, f"{key}.{name}")) for name, value in saved.items())
-    return state
+    return OrderedDict((canonical[name], to_plain(value, f"{key}.{name}")) for name, value in saved.items())
 
 
 # --- what the model is ---------------------------------------------------------------------------
@@ -121,19 +120,35 @@ def fingerprint(objects: Mapping[str, Any], state: Mapping[str, Any] | None = No
     """Names, shapes and dtypes of the model in `objects`, and its optimizers.
 
     The model is every `nn.Module` in the tree; failing that, the tensors under "model"; failing
-    that, every tensor.
+    that, every tensor. `state` is what was captured of `objects`, where that was done already.
     """
-    modules = {name: value for name, value in walk(objects) if isinstance(value, nn.Module)}
+    plain = state if state is not None else {key: to_plain(value, key) for key, value in objects.items()}
+    tensors = _model_tensors(objects, plain)
     optimizers = {name: value for name, value in walk(objects) if isinstance(value, torch.optim.Optimizer)}
-    if modules:
-        tensors = {f"{name}.{k}": v for name, module in modules.items() for k, v in module_state(module, name).items()}
-    else:
-        plain = state if state is not None else {key: to_plain(value, key) for key, value in objects.items()}
-        tensors = dict(walk({"model": plain["model"]} if "model" in plain else plain))
     return Fingerprint(
         parameters={name: describe(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)},
-        optimizers={name: _describe_optimizer(value) for name, value in optimizers.items()},
+        optimizers={
+            **{key: found for key, value in plain.items() if (found := _optimizer_like(value)) is not None},
+            **{name: _describe_optimizer(value) for name, value in optimizers.items()},
+        },
     )
+
+
+def _model_tensors(objects: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    modules = {name: value for name, value in walk(objects) if isinstance(value, nn.Module)}
+    if modules:
+        return {f"{name}.{k}": v for name, module in modules.items() for k, v in module_state(module, name).items()}
+    model = plain.get("model")
+    if isinstance(model, Mapping) and all(isinstance(name, str) for name in model):
+        return {f"model.{canonical}": model[name] for name, canonical in canonical_names(model).items()}
+    return dict(walk(plain))
+
+
+def _optimizer_like(value: Any) -> dict[str, Any] | None:
+    """An optimizer's state_dict is known by its two keys; its class is not in it."""
+    if not isinstance(value, Mapping) or set(value) != {"state", "param_groups"}:
+        return None
+    return {"param_groups": [len(group.get("params", ())) for group in value["param_groups"]]}
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -84,7 +84,7 @@ def _restore_one(key: str, target: Any, saved: Any, id: str) -> None:
         _guarded(key, id, lambda: _load_module(target, saved))
     elif (access := generator_access(target)) is not None:
         _guarded(key, id, lambda: access[1](from_plain(saved)))
-    elif callable(getattr(target, "load_state_dict", None)):
+    elif hasattr(target, "load_state_dict"):
         _guarded(key, id, lambda: target.load_state_dict(from_plain(saved)))
     else:
         _guarded(key, id, lambda: _fill(target, from_plain(saved), key))
@@ -97,7 +97,7 @@ def _guarded(key: str, id: str, restore: Callable[[], Any]) -> None:
         raise
     except Exception as error:  # an object's own load_state_dict may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise NotRestorable(key=key, id=id, reason=reason[:500]) from error
+        raise NotRestorable(key=key, id=id, reason=reason[:500].rstrip(".")) from error
 
 
 # --- modules -------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _guarded(key: str, id: str, restore: Callable[[], Any]) -> None:
 
 def _load_module(module: nn.Module, saved: Mapping[str, Any]) -> None:
     actual = {canonical: name for name, canonical in canonical_names(module.state_dict()).items()}
-    state = {actual.get(name, name): from_plain(value) for name, value in saved.items()}
+    state = {actual.get(name, name): from_plain(saved[key]) for key, name in canonical_names(saved).items()}
     for name, tensor in module.state_dict().items():
         found = state.get(name)
         if isinstance(tensor, torch.Tensor) and isinstance(found, torch.Tensor) and found.dtype != tensor.dtype:
@@ -138,7 +138,7 @@ def _fill_mapping(target: dict[Any, Any], saved: Mapping[Any, Any], key: str) ->
         held = target.get(name)
         if isinstance(held, torch.Tensor | np.ndarray | dict | list):
             _fill(held, value, f"{key}.{name}")
-        elif callable(getattr(held, "load_state_dict", None)):
+        elif held is not None and hasattr(held, "load_state_dict"):
             held.load_state_dict(value)
         else:
             target[name] = value
