@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from ckptcache.config import CacheConfig
@@ -59,7 +60,8 @@ class Explanation:
 class Catalog:
     """A view of one index and of what was observed on the disk; neither may change meanwhile."""
 
-    def __init__(self, index: Index, observed: Observed, config: CacheConfig) -> None:
+    def __init__(self, root: Path, index: Index, observed: Observed, config: CacheConfig) -> None:
+        self.root = root
         self.index = index
         self.observed = observed
         self.config = config
