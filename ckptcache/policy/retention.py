@@ -210,7 +210,7 @@ def _worth(candidate: Candidate) -> tuple[int, int, str]:
 def _place(candidate: Candidate, is_last: bool) -> str:
     if is_last:
         return "the last of the least recently used group"
-    return f"rank {candidate.rank + 1}, the lowest left of its group"
+    return f"rank {candidate.rank + 1}, the lowest of its group that may go"
 
 
 def _kept_reason(candidate: Candidate) -> str:
