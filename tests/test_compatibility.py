@@ -82,6 +82,10 @@ def test_without_a_tensor_in_common_nothing_fits():
     assert found.reason.startswith("does not fit: ")
 
 
+def test_a_name_in_common_without_its_shape_gives_nothing():
+    assert verdict(SAVED, described(fingerprint({"wte.weight": "float32[9, 9]"}))).kind == "incompatible"
+
+
 @pytest.mark.parametrize("side", ["saved", "needed"])
 def test_an_unknown_fingerprint_leaves_the_critical_parameters_to_decide(side):
     bare = Description(None, GPT, TEXT)

@@ -3,7 +3,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ckptcache.config import CacheConfig
@@ -67,6 +67,8 @@ def test_a_better_metric_never_scores_less(a, b, direction):
 
 
 @given(near_the_seams, directions)
+@example(-3.3214223153261697, "max")  # where x / (1 - x), computed as it stands, falls
+@example(-1.2628125762269522, "max")
 def test_the_next_float_never_scores_the_wrong_way(value, direction):
     following = math.nextafter(value, math.inf)
     if math.isfinite(following):
@@ -133,6 +135,10 @@ def test_a_save_between_evaluations_does_not_change_what_is_scored():
     before = score_group(evaluated, config())
     after = score_group([*evaluated, record("ckpt_c"), record("ckpt_d", val_loss=math.nan, metrics={"x": 1})], config())
     assert {id: after[id].quality for id in before} == {id: s.quality for id, s in before.items()}
+
+
+def test_declaring_no_metric_at_all_scores_none():
+    assert "metrics_score" not in alone(config(quality_metrics={}), val_loss=1.0, metrics={"acc": 0.5}).parts
 
 
 def test_without_a_loss_the_metrics_of_all_records_count():
@@ -336,6 +342,7 @@ def test_a_hidden_quality_in_the_record_plays_no_part():
         (-0.5, -0.5, 0.01, False),
         (-0.504, -0.5, 0.01, False),
         (-0.4, -0.5, 0.01, True),
+        (-0.498, -0.5, 0.01, False),
         (0.0, 0.0, 0.01, False),
         (1e-9, 0.0, 0.01, True),
     ],

@@ -101,6 +101,15 @@ def test_the_longest_tail_gives_first():
     assert list(evict([*tail("a", 2), *tail("b", 4)], keep=3).evicted) == ["b3", "b2", "a1"]
 
 
+def test_the_longest_tail_gives_first_even_when_it_was_used_last():
+    assert list(evict([*tail("a", 4, used=9), *tail("b", 2, used=0)], keep=4).evicted) == ["a3", "a2"]
+
+
+def test_a_groups_best_is_no_part_of_its_tail():
+    candidates = [*tail("a", 3, used=0), *tail("b", 3, used=1)]
+    assert list(evict(candidates, keep=5, protected=["a0"]).evicted) == ["a2"]
+
+
 def test_of_equal_tails_the_least_recently_used_gives():
     assert list(evict([*tail("a", 2, used=1), *tail("b", 2, used=0)], keep=3).evicted) == ["b1"]
     assert list(evict([*tail("a", 2, used=0), *tail("b", 2, used=1)], keep=3).evicted) == ["a1"]
