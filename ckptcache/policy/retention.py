@@ -124,11 +124,11 @@ class _Group:
     last_used: tuple[int, str]
     removable: list[Candidate] = field(default_factory=list)
 
-    def turn(self) -> tuple[bool, int, tuple[int, str], str]:
+    def turn(self) -> tuple[bool, int, tuple[int, str]]:
         """When the group must give next, the least first: the lone after all others, the longest tail before
-        shorter ones, the least recently used before the others; the id makes it total."""
+        shorter ones, the least recently used before the others."""
         tail = len(self.removable) - self.best_is_removable
-        return self.members == 1, -tail, self.last_used, self.removable[-1].id
+        return self.members == 1, -tail, self.last_used
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ def plan(
 def _victims(members: list[Candidate], protected: Collection[str]) -> Iterator[tuple[Candidate, bool]]:
     """All unprotected, in the order in which they would go; each with whether it is the last of its group."""
     groups = _groups(members, protected)
-    # The number keeps equal turns from comparing groups, which have no order of their own.
+    # The number settles equal turns, the same way each time: groups come in the order of their best.
     waiting = [(group.turn(), number, group) for number, group in enumerate(groups)]
     heapq.heapify(waiting)
     while waiting:
@@ -210,7 +210,7 @@ def _worth(candidate: Candidate) -> tuple[int, int, str]:
 def _place(candidate: Candidate, is_last: bool) -> str:
     if is_last:
         return "the last of the least recently used group"
-    return f"rank {candidate.rank + 1}, the lowest left of its group"
+    return f"rank {candidate.rank + 1}, the lowest of its group that may go"
 
 
 def _kept_reason(candidate: Candidate) -> str:
