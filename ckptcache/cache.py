@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +65,9 @@ class TrainingCache:
                 raise ConfigError(problems=f"give {', '.join(settings)} to CacheConfig, not beside it")
             self.config = config
         else:
-            where = {} if config is None else {"cache_dir": os.fspath(config)}
+            where: dict[str, Any] = {} if config is None else {"cache_dir": os.fspath(config)}
             self.config = CacheConfig(**where, **settings)
         self.ledger = Ledger(Path(self.config.cache_dir), self.config)
-        self.data = DataCache(
-            self.ledger.layout.data, ttl_hours=self.config.data_cache_ttl_hours, enabled=self.config.data_cache_enabled
-        )
         self.last_evicted: Mapping[str, str] = {}
         """What the latest save or prune evicted, as id to reason."""
         self._saver: Saver | None = None
@@ -79,6 +77,14 @@ class TrainingCache:
     def cache_dir(self) -> Path:
         """The folder."""
         return self.ledger.layout.root
+
+    @cached_property
+    def data(self) -> DataCache:
+        """Prepared data, kept beside the checkpoints."""
+        config = self.config
+        return DataCache(
+            self.ledger.layout.data, ttl_hours=config.data_cache_ttl_hours, enabled=config.data_cache_enabled
+        )
 
     def __enter__(self) -> "TrainingCache":
         return self
@@ -168,7 +174,7 @@ class TrainingCache:
 
     def _background(self) -> "Saver":
         if self._saver is None:
-            from ckptcache.saving import Draft, Saver
+            from ckptcache.saving import Saver
 
             self._saver = Saver(self.ledger, on_evicted=self._note_evicted)
         return self._saver
@@ -214,7 +220,9 @@ class TrainingCache:
         """Every name, with the id of the checkpoint that it points to."""
         return {name: pointer.checkpoint for name, pointer in sorted(self._catalog().index.names.items())}
 
-    def best(self, model: Any = None, *, model_config: Any = None, data_config: Any = None) -> CheckpointMetadata | None:
+    def best(
+        self, model: Any = None, *, model_config: Any = None, data_config: Any = None
+    ) -> CheckpointMetadata | None:
         """The best available checkpoint that fits, or None.
 
         Args:

@@ -66,6 +66,7 @@ class Catalog:
         self.observed = observed
         self.config = config
         self._group_memo: dict[tuple[str | None, ...], Group] = {}
+        self._verdicts: dict[int, tuple[Description, dict[tuple[str | None, ...], Verdict]]] = {}
 
     # --- groups and scores -----------------------------------------------------------------------
 
@@ -153,6 +154,13 @@ class Catalog:
 
     def judge(self, record: CheckpointMetadata, needed: Description) -> Verdict:
         """How a checkpoint fits; parts of it for which nothing is needed are not compared."""
+        key = (record.fingerprint, record.model_config, record.data_config)
+        verdicts = self._verdicts.setdefault(id(needed), (needed, {}))[1]
+        if key not in verdicts:
+            verdicts[key] = self._judge(record, needed)
+        return verdicts[key]
+
+    def _judge(self, record: CheckpointMetadata, needed: Description) -> Verdict:
         saved = self.description(record)
         if saved.fingerprint is not None and needed.fingerprint is not None:
             saved = dataclasses.replace(saved, fingerprint=_restricted(saved.fingerprint, needed.fingerprint))

@@ -125,6 +125,18 @@ class Ledger:
             for path in tidy(observed, self.file, self.layout):
                 log.info("removed %s, which a crash had left behind", path)
 
+    def tidy_thoroughly(self) -> None:
+        """Adopt, clean up, and remove the leases of the dead and of other machines."""
+        self._is_tidy = False
+        with self.change():
+            for owner, state in leases(self.layout).items():
+                if state != "live":
+                    fs.remove(self.layout.lease(owner), root=self.layout.root)
+
+    def set_aside_index(self) -> Path | None:
+        """Move a broken index into quarantine; its lock must be held. Returns where it went."""
+        return set_aside(self.file, self.layout)
+
     def evict(self, change: Change, decided: Mapping[str, str]) -> None:
         """Record the decision durably, and only then remove the files."""
         if not decided:

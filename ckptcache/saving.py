@@ -65,7 +65,7 @@ class Saver:
             raise NotSavable(key=ptfile.HEADER, kind="named like the file's own header", remedy="give it another name")
         captured = capture(state)
         piece = Index()
-        names = {
+        names: dict[str, Any] = {
             name: piece.store_config(None if value is None else jsonable(value, name))
             for name, value in configs.items()
         }
