@@ -32,9 +32,11 @@ TOP_LEVEL = frozenset(
 DOCS = frozenset("design.md cli.md errors.md formats.md names.md".split())
 
 FILE_SYSTEM = "ckptcache/storage/fs.py"
-IN_MEMORY = ("buffer", "memory", "stream")
-"""What a variable is called that is written into without touching a file."""
+FS_NAMES = ("ckptcache.storage.fs", "fs")
+STREAMS = ("buffer", "stream", "target")
+"""What a variable is called that holds an open stream: memory, or a file that storage/fs.py has opened."""
 
+PICKLE_ERRORS = frozenset("pickle.PickleError pickle.PicklingError pickle.UnpicklingError".split())
 PICKLES = frozenset("pickle _pickle cPickle cloudpickle dill joblib shelve marshal".split())
 LOCKS = frozenset("filelock fcntl msvcrt portalocker tempfile".split())
 OS_WRITES = frozenset(
@@ -129,7 +131,7 @@ def _targets(node: ast.AST, path: str, known: frozenset[str]) -> Iterator[str]:
         for alias in node.names:
             full = f"{base}.{alias.name}"
             # From a package, a name may be a module below it; from anything else it is just a name.
-            yield full if full in known or base == "ckptcache" else base
+            yield full if full in known or base == "ckptcache" or full in PICKLE_ERRORS else base
     elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
         yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
 
@@ -211,8 +213,8 @@ def torch_in_policy(tree: Tree) -> list[str]:
 
 
 def pickle_imports(tree: Tree) -> list[str]:
-    """Imports of modules that run code when they read."""
-    return [str(a) for a in arrows(tree) if a.target.split(".")[0] in PICKLES]
+    """Imports of modules that run code when they read; to catch the errors that torch raises is free."""
+    return [str(a) for a in arrows(tree) if a.target.split(".")[0] in PICKLES and a.target not in PICKLE_ERRORS]
 
 
 # --- what may be called --------------------------------------------------------------------------
@@ -291,23 +293,25 @@ def _writes(node: ast.AST, names: Names) -> bool:
 
 def _call_writes(call: ast.Call, full: str) -> bool:
     module, _, name = full.rpartition(".")
+    if module in FS_NAMES:
+        return False
     if full == "os.open":
         return any(isinstance(n, ast.Attribute) and n.attr in OPENING_FLAGS for n in ast.walk(call))
     if name == "open" or full in OPENERS:
         return _opens_for_writing(call, full)
     if full in TARGETED_WRITES or name in TARGETED_WRITES:
-        return not _into_memory(call, TARGETED_WRITES.get(full, TARGETED_WRITES.get(name, 0)))
+        return not _into_stream(call, TARGETED_WRITES.get(full, TARGETED_WRITES.get(name, 0)))
     if name == "replace" and module:
         # Path.replace takes one argument; str.replace takes two, dataclasses.replace keywords.
         return len(call.args) == 1 and not call.keywords
-    return bool(module) and name in PATH_WRITES
+    return module not in ("", "os", "shutil") and name in PATH_WRITES
 
 
 def _opens_for_writing(call: ast.Call, full: str) -> bool:
     given = [k.value for k in call.keywords if k.arg == "mode"]
     if full in OPENERS:
         unclear = [mode for mode in given or call.args[1:2] if not isinstance(mode, ast.Constant)]
-        return bool(unclear or any(map(_is_writing_mode, given or call.args[1:2]))) and not _into_memory(call, 0)
+        return bool(unclear or any(map(_is_writing_mode, given or call.args[1:2]))) and not _into_stream(call, 0)
     return any(map(_is_writing_mode, given or call.args[:2]))
 
 
@@ -316,9 +320,11 @@ def _is_writing_mode(node: ast.AST) -> bool:
     return set(mode) <= set("rwaxbt+:|gz2") and not {"w", "a", "x", "+"}.isdisjoint(mode)
 
 
-def _into_memory(call: ast.Call, place: int) -> bool:
-    target = call.args[place : place + 1]
-    return bool(target) and isinstance(target[0], ast.Name) and target[0].id in IN_MEMORY
+def _into_stream(call: ast.Call, place: int) -> bool:
+    target = call.args[place] if len(call.args) > place else None
+    if isinstance(target, ast.Call) and ast.unparse(target.func) in ("cast", "typing.cast"):
+        target = target.args[-1]
+    return isinstance(target, ast.Name) and target.id in STREAMS
 
 
 # --- the clone -----------------------------------------------------------------------------------
