@@ -161,7 +161,7 @@ class TrainingCache:
         configs = {"model_config": model_config, "training_config": training_config, "data_config": data_config}
         described = {"tags": tuple(tags), "notes": notes, "extra": jsonable(dict(extra or {}), "extra")}
         described |= {"save_reason": save_reason, "parents": tuple(parents)}
-        saver = self._background()
+        saver, self.last_evicted = self._background(), {}
         draft = saver.draft(state, measured, configs, described, session)
         if if_improved and not self._improves(draft):
             return None
@@ -430,6 +430,22 @@ class TrainingCache:
                 session = dataclasses.replace(session, sequence=change.index.sequence + 1)
             change.put_session(session)
         return session
+
+    def forget_session(self, session: str) -> None:
+        """Remove a session's checkpoints and its record, but for what is pinned, named or another session's parent."""
+        with self.ledger.change() as change:
+            index = change.index
+            kept = {p.checkpoint for p in index.names.values()}
+            kept |= {s.parent for s in index.sessions.values() if s.parent is not None and s.id != session}
+            own = [r.id for r in index.checkpoints.values() if r.session == session]
+            gone = [id for id in own if id not in kept and not index.checkpoints[id].pinned]
+            # Decided first, removed second, forgotten last: a crash in between leaves nothing to be adopted again.
+            self.ledger.evict(change, dict.fromkeys(gone, "its session was discarded"))
+            for id in gone:
+                del index.checkpoints[id]
+            if len(gone) == len(own):
+                index.sessions.pop(session, None)
+            change.is_dirty = True
 
     # --- care ------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ class CheckpointDamaged(CkptCacheError):
 
 
 class NotACheckpoint(CkptCacheError):
-    """{path} is not a checkpoint that can be read: {reason}."""
+    """{path} is not a checkpoint that can be read: {reason}. Name a file that ckptcache or torch.save wrote."""
 
 
 class UnsafeCheckpoint(CkptCacheError):
@@ -158,11 +158,13 @@ class NotSavable(CkptCacheError):
 
 
 class NotRestorable(CkptCacheError):
-    """{key!r} could not be restored from {id}: {reason}. Everything is as it was before."""
+    """{key!r} could not be restored from {id}: {reason}. Everything is as it was before; choose another
+    checkpoint, or leave {key!r} out."""
 
 
 class SaveFailed(CkptCacheError):
-    """{id} could not be saved in {path}: {reason}. What was there before is untouched."""
+    """{id} could not be saved in {path}: {reason}. Correct that and save again; what was there before is
+    untouched."""
 
 
 class NoSpace(SaveFailed):
@@ -171,7 +173,7 @@ class NoSpace(SaveFailed):
 
 
 class ExportFailed(CkptCacheError):
-    """{id} could not be exported to {path}: {reason}."""
+    """{id} could not be exported to {path}: {reason}. Correct that, or export to another path."""
 
 
 # --- sessions ------------------------------------------------------------------------------------
