@@ -45,7 +45,7 @@ class BlockSampler:
         self._tokens, self._block_size, self._batch_size = tokens, block_size, batch_size
         # One count for all epochs, whatever their offset, so that an epoch begins at a multiple of it.
         self._blocks = max(1, (len(tokens) - block_size) // block_size)
-        self._offsets = min(block_size, len(tokens) - self._blocks * block_size)
+        self._offsets = len(tokens) - self._blocks * block_size
         self._seed, self._position = seed, 0
 
     @property
