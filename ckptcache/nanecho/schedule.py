@@ -31,6 +31,17 @@ def cosine_with_warmup(
     return min_learning_rate + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_learning_rate)
 
 
+def learning_rate_at(iteration: int, settings: TrainingSettings) -> float:
+    """The learning rate that `settings` give the step that follows `iteration` steps."""
+    return cosine_with_warmup(
+        iteration,
+        learning_rate=settings.learning_rate,
+        min_learning_rate=settings.lowest_learning_rate,
+        warmup_iters=settings.warmup_iters,
+        decay_iters=settings.decay_iters,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConnectionGrowth:
     """How many of the connections are to be active, by iteration."""

@@ -84,14 +84,14 @@ class TrainingSettings:
     """Blocks per forward pass."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per optimizer step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Highest learning rate, reached after `warmup_iters`."""
-    min_learning_rate: float = 2e-4
-    """Learning rate from `decay_iters` on."""
+    min_learning_rate: float | None = None
+    """Learning rate from `decay_iters` on; None: a tenth of `learning_rate`."""
     warmup_iters: int = 20
     """Iterations over which the learning rate rises in a line."""
     decay_iters: int = 2000
-    """Iteration at which the cosine has come down to `min_learning_rate`."""
+    """Iteration at which the cosine has come down to its lowest."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -124,6 +124,11 @@ class TrainingSettings:
         if isinstance(betas, list):  # as JSON and TOML give it
             object.__setattr__(self, "betas", tuple(betas))
         _raise_for(_training_problems(self))
+
+    @property
+    def lowest_learning_rate(self) -> float:
+        """`min_learning_rate`, or what stands for it."""
+        return self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -255,7 +260,7 @@ def _optimizer_problems(s: TrainingSettings) -> Iterator[str]:
 def _schedule_problems(s: TrainingSettings) -> Iterator[str]:
     if not _is_number(s.learning_rate) or s.learning_rate <= 0:
         yield f"learning_rate must be above 0, not {s.learning_rate!r}"
-    elif not _is_number(s.min_learning_rate) or not 0 <= s.min_learning_rate <= s.learning_rate:
+    elif not _is_number(s.lowest_learning_rate) or not 0 <= s.lowest_learning_rate <= s.learning_rate:
         yield (
             f"min_learning_rate must be from 0 to the learning_rate ({s.learning_rate:g}), not "
             f"{s.min_learning_rate!r}: lower it too"

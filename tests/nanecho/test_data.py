@@ -144,6 +144,15 @@ def test_a_split_never_leaves_a_side_without_a_block_where_there_is_a_way(seed):
     assert sorted(f.name for part in split for f in part) == sorted(f.name for f in files)
 
 
+def test_more_files_join_validation_until_it_holds_a_block():
+    files = [textfiles.TextFile(f"{i}.txt", 10, 0) for i in range(40)]
+    small, large = (split_by_file(files, needed) for needed in (10, 100))
+    assert small is not None
+    assert large is not None
+    assert len(small[1]) < 10 == len(large[1])
+    assert set(small[1]) < set(large[1])
+
+
 def test_a_tiny_file_beside_a_big_one_does_not_starve_validation(tmp_path):
     (tmp_path / "big.txt").write_text(LINE * 300, encoding="utf-8")
     (tmp_path / "tiny.txt").write_text("tiny\n", encoding="utf-8")
@@ -207,7 +216,8 @@ def test_token_files_are_scanned_once_until_they_change(tmp_path):
     first, second = (load_corpus(folder, cache, block_size=8) for _ in range(2))
     assert first.data_config == second.data_config == load_corpus(folder, block_size=8).data_config
     assert cache.built == ["tokens-scan"] * 2
-    write_tokens(folder, val=[501] * 300)
+    write_tokens(folder, val=[501] * 200)  # as long as before, so only the time of the change tells
+    os.utime(folder / "val.bin", ns=(0, 0))
     with pytest.raises(TokenOutOfRange):
         load_corpus(folder, cache, block_size=8)
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptcache.nanecho.schedule import ConnectionGrowth, cosine_with_warmup
+from ckptcache.nanecho.schedule import ConnectionGrowth, cosine_with_warmup, learning_rate_at
 from ckptcache.nanecho.settings import NanEchoConfig, TrainingSettings
 
 RATES = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_iters": 10, "decay_iters": 110}
@@ -22,6 +22,14 @@ def test_it_rises_in_the_warm_up_and_never_after(iteration, warmup, length):
     now, later = (cosine_with_warmup(i, **rates) for i in (iteration, iteration + 1))
     assert 0 < now <= 1.0
     assert (later > now) if iteration + 1 < warmup else (later <= now or iteration + 1 == warmup)
+
+
+def test_settings_give_the_rate_and_a_tenth_of_it_is_the_lowest_unless_said():
+    settings = TrainingSettings(learning_rate=1e-5, warmup_iters=0, decay_iters=10)
+    assert learning_rate_at(0, settings) == pytest.approx(1e-5)
+    assert learning_rate_at(10, settings) == pytest.approx(1e-6)
+    assert learning_rate_at(10, TrainingSettings(min_learning_rate=0.0, decay_iters=30)) > 0
+    assert learning_rate_at(30, TrainingSettings(min_learning_rate=0.0, decay_iters=30)) == 0.0
 
 
 def test_connections_grow_at_their_interval_up_to_the_maximum():

@@ -28,7 +28,7 @@ BAD_TRAININGS = [
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
     ({"learning_rate": 0.0}, "learning_rate"),
     ({"learning_rate": math.inf}, "learning_rate"),
-    ({"learning_rate": 1e-5}, "min_learning_rate"),
+    ({"learning_rate": 1e-5, "min_learning_rate": 1e-4}, "min_learning_rate"),
     ({"min_learning_rate": -1.0}, "min_learning_rate"),
     ({"warmup_iters": -1}, "warmup_iters"),
     ({"warmup_iters": 20, "decay_iters": 20}, "decay_iters"),
