@@ -210,3 +210,9 @@ class TokenOutOfRange(CkptCacheError):
     """{path} holds token {token}, and the vocabulary ends at {last}: raise vocab_size to at least {needed}."""
 
     exit_code = 2
+
+
+class InvalidTokenFile(CkptCacheError):
+    """{path} cannot be read as tokens: {reason}. Prepare the data again, or correct the file."""
+
+    exit_code = 2
