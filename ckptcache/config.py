@@ -74,13 +74,12 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         missing = [f for f in fields(self) if getattr(self, f.name) is _UNSET]
-        found = layered_settings([f.name for f in missing]) if missing else {}
+        found = settings_with_sources([f.name for f in missing]) if missing else {}
         for f in missing:
-            object.__setattr__(self, f.name, found.get(f.name, f.metadata["default"]))
-        object.__setattr__(self, "cache_dir", os.fspath(self.cache_dir))
-        if self.critical_params != "all":
-            object.__setattr__(self, "critical_params", tuple(self.critical_params))
-        if problems := list(_problems(self)):
+            object.__setattr__(self, f.name, found[f.name][0] if f.name in found else f.metadata["default"])
+        object.__setattr__(self, "cache_dir", _as_given(self.cache_dir))
+        object.__setattr__(self, "critical_params", _as_given(self.critical_params))
+        if problems := [_told(name, problem, found) for name, problem in _problems(self)]:
             raise ConfigError(problems="; ".join(problems))
 
     @property
@@ -89,27 +88,41 @@ class CacheConfig:
         return int(self.max_cache_size_gb * GB)
 
 
+def _as_given(value: Any) -> Any:
+    """Paths as text, lists as tuples; anything else as it is, for validation to judge."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(value) if isinstance(value, list | set | frozenset) else value
+
+
 # --- layers --------------------------------------------------------------------------------------
 
 
-def layered_settings(names: Iterable[str]) -> dict[str, Any]:
-    """The values of `names` that the environment or the nearest settings file gives.
+def settings_with_sources(names: Iterable[str]) -> dict[str, tuple[Any, str]]:
+    """The values of `names` that the environment or the nearest settings file gives, each with where it stands.
+
+    A variable that can't be read as its setting's type is given as its text, for validation to refuse.
 
     Raises:
         UnknownSetting: the file names a setting that doesn't exist.
-        InvalidConfigFile: the file isn't TOML, or a variable can't be read as its setting's type.
+        InvalidConfigFile: the file isn't TOML.
     """
+    found: dict[str, tuple[Any, str]] = {}
     from_file, path = _settings_file()
-    for name in from_file:
+    for name, value in from_file.items():
         check_setting(name, source=str(path))
-    values = {name: from_file[name] for name in names if name in from_file}
-    if path is not None and "cache_dir" in values:
-        values["cache_dir"] = str(path.parent / values["cache_dir"])
+        found[name] = (value, str(path))
+    if path is not None and isinstance(from_file.get("cache_dir"), str):
+        # Empty stays empty, and is refused; it must not become the folder of the settings file.
+        found["cache_dir"] = (str(path.parent / from_file["cache_dir"]) if from_file["cache_dir"] else "", str(path))
     for name in names:
-        variable = environment_variable(name)
-        if variable is not None:
-            values[name] = _parse(name, os.environ[variable], variable)
-    return values
+        if variable := environment_variable(name):
+            found[name] = (_parse(name, os.environ[variable]), variable)
+    return {name: found[name] for name in names if name in found}
+
+
+def _told(name: str, problem: str, sources: Mapping[str, tuple[Any, str]]) -> str:
+    return f"{name} (from {sources[name][1]}) {problem}" if name in sources else f"{name} {problem}"
 
 
 def environment_variable(name: str) -> str | None:
@@ -120,7 +133,7 @@ def environment_variable(name: str) -> str | None:
 
 def check_setting(name: str, *, source: str, known: Iterable[str] | None = None) -> None:
     """Raise UnknownSetting, with the nearest name that exists, unless `name` is one."""
-    names = list(known) if known is not None else [f.name for f in fields(CacheConfig)]
+    names = list(known) if known is not None else [f.name for f in fields(CacheConfig) if f.name not in _ONLY_IN_CODE]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         suggestion = f": did you mean {near[0]!r}?" if near else f": there are {', '.join(sorted(names))}"
@@ -134,9 +147,18 @@ def _settings_file() -> tuple[dict[str, Any], Path | None]:
         if own.is_file():
             return _read_toml(own), own
         if project.is_file():
-            section = _read_toml(project).get("tool", {}).get("ckptcache")
-            return (section, project) if isinstance(section, dict) else ({}, None)
+            section = _section(project)
+            if section is not None:
+                return section, project
     return {}, None
+
+
+def _section(project: Path) -> dict[str, Any] | None:
+    tools = _read_toml(project).get("tool")
+    section = tools.get("ckptcache") if isinstance(tools, dict) else None
+    if section is not None and not isinstance(section, dict):
+        raise InvalidConfigFile(path=project, reason="tool.ckptcache is not a table")
+    return section
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -146,29 +168,21 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InvalidConfigFile(path=path, reason=error) from error
 
 
-def _parse(name: str, text: str, variable: str) -> Any:
+def _parse(name: str, text: str) -> Any:
     if name == "cache_dir" or (name == "critical_params" and text == "all"):
         return text
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if name == "critical_params":
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        return tuple(parts)
     if name == "quality_metrics":
-        return dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part) or text
-    words = {
-        "1": True,
-        "true": True,
-        "yes": True,
-        "on": True,
-        "0": False,
-        "false": False,
-        "no": False,
-        "off": False,
-    }
+        pairs = [part.partition("=") for part in parts]
+        return {key.strip(): way.strip() for key, equals, way in pairs if equals} if all(p[1] for p in pairs) else text
     if name in ("auto_cleanup", "data_cache_enabled"):
-        return words.get(text.strip().lower(), text)
+        return _WORDS.get(text.strip().lower(), text)
     try:
         return float(text) if name.startswith(("quality_", "min_")) or "_gb" in name or "_hours" in name else int(text)
     except ValueError:
-        raise InvalidConfigFile(path=variable, reason=f"{text!r} is not a number") from None
+        return text
 
 
 # --- validation ----------------------------------------------------------------------------------
@@ -182,38 +196,46 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _problems(c: CacheConfig) -> Iterable[str]:
+def _problems(c: CacheConfig) -> Iterable[tuple[str, str]]:
+    """Each setting that doesn't work, and what it must be."""
     yield from _limit_problems(c)
     yield from _quality_problems(c)
-    if not c.cache_dir:
-        yield "cache_dir is empty"
+    if not isinstance(c.cache_dir, str) or not c.cache_dir or "\0" in c.cache_dir:
+        yield "cache_dir", f"must be the path of a folder, not {c.cache_dir!r}"
     for name in ("auto_cleanup", "data_cache_enabled"):
         if not isinstance(getattr(c, name), bool):
-            yield f"{name} must be true or false, not {getattr(c, name)!r}"
-    if c.critical_params != "all" and not all(isinstance(p, str) for p in c.critical_params):
-        yield f"critical_params must be names or 'all', not {c.critical_params!r}"
+            yield name, f"must be true or false, not {getattr(c, name)!r}"
+    scorer: Any = c.best_fn
+    if scorer is not None and not callable(scorer):
+        yield "best_fn", f"must be a function of a record, not {scorer!r}"
+    if c.critical_params != "all" and not _are_names(c.critical_params):
+        yield "critical_params", f"must be a list of names, or 'all', not {c.critical_params!r}"
 
 
-def _limit_problems(c: CacheConfig) -> Iterable[str]:
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+def _limit_problems(c: CacheConfig) -> Iterable[tuple[str, str]]:
     for name, least in (("max_checkpoints", 1), ("keep_latest", 0), ("max_records", 1)):
         if not _is_count(value := getattr(c, name)) or value < least:
-            yield f"{name} must be a whole number of at least {least}, not {value!r}"
+            yield name, f"must be a whole number of at least {least}, not {value!r}"
     for name in ("max_cache_size_gb", "data_cache_ttl_hours"):
         if not _is_number(value := getattr(c, name)) or value <= 0:
-            yield f"{name} must be above 0, not {value!r}"
+            yield name, f"must be a number above 0, not {value!r}"
 
 
-def _quality_problems(c: CacheConfig) -> Iterable[str]:
+def _quality_problems(c: CacheConfig) -> Iterable[tuple[str, str]]:
     weights = ("quality_weight_loss", "quality_weight_metrics", "quality_weight_progress")
     values = [getattr(c, name) for name in weights]
     for name, value in zip(
         (*weights, "min_improvement_threshold"), (*values, c.min_improvement_threshold), strict=True
     ):
         if not _is_number(value) or value < 0:
-            yield f"{name} must be a number of at least 0, not {value!r}"
+            yield name, f"must be a number of at least 0, not {value!r}"
     if all(_is_number(v) for v in values) and sum(values) == 0:
-        yield "the quality weights add up to nothing: set one of them above 0"
+        yield ", ".join(weights), "add up to nothing: set one of them above 0"
     if c.quality_metrics is not None and not (
         isinstance(c.quality_metrics, Mapping) and all(d in ("max", "min") for d in c.quality_metrics.values())
     ):
-        yield f"quality_metrics must map each metric to 'max' or 'min', not {c.quality_metrics!r}"
+        yield "quality_metrics", f"must map each metric to 'max' or 'min', not {c.quality_metrics!r}"

@@ -141,12 +141,18 @@ class CheckpointDamaged(CkptCacheError):
 
 
 class NotACheckpoint(CkptCacheError):
-    """{path} is not a checkpoint that can be read: {reason}."""
+    """{path} is not a checkpoint that can be read: {reason}. Name a file that ckptcache or torch.save wrote."""
 
 
 class UnsafeCheckpoint(CkptCacheError):
     """{path} was refused, because reading it could run code: {reason}. Save it again as tensors and
     plain values where it comes from."""
+
+
+class Incompatible(CkptCacheError):
+    """{id} can't be resumed from by this run: it {reason}. Choose another checkpoint, or start fresh."""
+
+    exit_code = 3
 
 
 class NotSavable(CkptCacheError):
@@ -156,11 +162,13 @@ class NotSavable(CkptCacheError):
 
 
 class NotRestorable(CkptCacheError):
-    """{key!r} could not be restored from {id}: {reason}. Everything is as it was before."""
+    """{key!r} could not be restored from {id}: {reason}. Everything is as it was before; choose another
+    checkpoint, or leave {key!r} out."""
 
 
 class SaveFailed(CkptCacheError):
-    """{id} could not be saved in {path}: {reason}. What was there before is untouched."""
+    """{id} could not be saved in {path}: {reason}. Correct that and save again; what was there before is
+    untouched."""
 
 
 class NoSpace(SaveFailed):
@@ -169,7 +177,7 @@ class NoSpace(SaveFailed):
 
 
 class ExportFailed(CkptCacheError):
-    """{id} could not be exported to {path}: {reason}."""
+    """{id} could not be exported to {path}: {reason}. Correct that, or export to another path."""
 
 
 # --- sessions ------------------------------------------------------------------------------------
@@ -204,5 +212,11 @@ class DataTooSmall(CkptCacheError):
 
 class TokenOutOfRange(CkptCacheError):
     """{path} holds token {token}, and the vocabulary ends at {last}: raise vocab_size to at least {needed}."""
+
+    exit_code = 2
+
+
+class InvalidTokenFile(CkptCacheError):
+    """{path} cannot be read as tokens: {reason}. Prepare the data again, or correct the file."""
 
     exit_code = 2

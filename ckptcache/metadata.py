@@ -12,10 +12,10 @@ import operator
 import os
 import re
 import secrets
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import orjson
 from blake3 import blake3
@@ -67,7 +67,7 @@ def check_id(text: str) -> str:
 
 def check_name(text: str) -> str:
     """`text`, or InvalidName when it could be taken for an id or a resume policy."""
-    if not _NAME.match(text):
+    if not isinstance(text, str) or not _NAME.match(text):
         raise InvalidName(name=text, reason="names hold only letters, digits, '.', '_' and '-', at most 64")
     if text in RESERVED_NAMES or text.startswith("ckpt_"):
         raise InvalidName(name=text, reason="that word means something else already")
@@ -95,42 +95,67 @@ def jsonable(value: Any, key: str = "value", depth: int = 0) -> Any:
     """
     if depth > MAX_JSON_DEPTH:
         raise InvalidValue(name=key, value="...", reason=f"it is nested more than {MAX_JSON_DEPTH} deep")
-    if value is None or type(value) in (str, bool):
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int | float | str):
+    if isinstance(value, str):
+        return _plain_text(value, key)
+    if isinstance(value, int | float):
         return _plain_number(value, key)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     elif isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
         return {str(k): jsonable(v, f"{key}.{k}", depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value) if isinstance(value, set | frozenset) else value
+        items = _sorted(value) if isinstance(value, set | frozenset) else value
         return [jsonable(v, f"{key}[{i}]", depth + 1) for i, v in enumerate(items)]
     return _converted(value, key, depth)
 
 
-def _plain_number(value: int | float | str, key: str) -> Any:
+def _plain_text(value: str, key: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValue(name=key, value=value, reason="it holds characters that UTF-8 cannot") from error
+    # Not str(value), which for a member of a text enumeration is its name in the code.
+    return str.__str__(value)
+
+
+def _plain_number(value: int | float, key: str) -> Any:
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else encode_float(value)
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return encode_float(float(value))
+    if not -(2**63) <= value < 2**64:
         raise InvalidValue(name=key, value=value, reason="JSON holds whole numbers of at most 64 bits")
-    return str(value) if isinstance(value, str) else int(value)
+    return int(value)
+
+
+def _sorted(values: Iterable[Any]) -> list[Any]:
+    items = list(values)
+    # What can't be compared still needs an order that is the same in every process.
+    alike = len({type(item) for item in items}) == 1 and isinstance(items[0], str | int | float)
+    return sorted(items, key=None if alike else repr)
 
 
 def _converted(value: Any, key: str, depth: int) -> Any:
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if callable(item := getattr(value, "item", None)) and getattr(value, "size", None) in (1, None):
-        return jsonable(item(), key, depth + 1)
-    if type(value).__module__ == "torch":
-        return str(value)
+        return jsonable(os.fspath(value), key, depth + 1)
+    if callable(item := getattr(value, "item", None)):
+        if _element_count(value) == 1:
+            return jsonable(item(), key, depth + 1)
+    elif type(value).__module__ == "torch":
+        return str(value)  # a dtype, a device, a layout
     raise InvalidValue(
         name=key,
         value=value,
         reason="only numbers, text, true, false, None, lists and mappings of them are kept",
     )
+
+
+def _element_count(value: Any) -> Any:
+    """How many elements an array (by `size`) or a tensor (by `numel()`) has; 1 for a bare scalar."""
+    numel = getattr(value, "numel", None)
+    return numel() if callable(numel) else getattr(value, "size", 1)
 
 
 def encode_float(value: float) -> float | str:
@@ -146,14 +171,18 @@ def decode_float(value: Any, key: str) -> float:
         return _NONFINITE[value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{key} must be a number, not {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{key} is too large for a number") from None
 
 
 def as_float(value: Any, name: str) -> float:
     """A Python float of anything with one value: int, NumPy scalar, one-element tensor."""
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
+        item = getattr(value, "item", None)
+        return float(item() if callable(item) else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidValue(name=name, value=value, reason="it is not a number") from error
 
 
@@ -224,10 +253,7 @@ class CheckpointMetadata:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError, naming the field, when `data` is not a record."""
-        record = cls(**_from_json(cls, data, _CHECKPOINT_READERS))
-        if not is_valid_id(record.id):
-            raise ValueError(f"id {record.id!r} is not a valid id")
-        return record
+        return cls(**_from_json(cls, data, _CHECKPOINT_READERS))
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
@@ -278,10 +304,7 @@ class SessionRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError, naming the field, when `data` is not a session."""
-        session = cls(**_from_json(cls, data, _SESSION_READERS))
-        if not is_valid_id(session.id):
-            raise ValueError(f"id {session.id!r} is not a valid id")
-        return session
+        return cls(**_from_json(cls, data, _SESSION_READERS))
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
@@ -301,8 +324,8 @@ class NamePointer:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError when `data` is not a pointer."""
-        if not is_valid_id(data.get("checkpoint")):
-            raise ValueError(f"{dict(data)!r} is not a pointer to a checkpoint")
+        if not isinstance(data, Mapping) or not is_valid_id(data.get("checkpoint")):
+            raise ValueError(f"{data!r} is not a pointer to a checkpoint")
         return cls(checkpoint=data["checkpoint"], revision=_count(data.get("revision", 0), "revision"))
 
 
@@ -328,6 +351,8 @@ class Fingerprint:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError when `data` is not a fingerprint."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a fingerprint must be a mapping, not {data!r}")
         parameters, optimizers = data.get("parameters", {}), data.get("optimizers", {})
         if not isinstance(parameters, dict) or not all(isinstance(v, str) for v in parameters.values()):
             raise ValueError("a fingerprint's parameters must map names to text")
@@ -343,6 +368,16 @@ def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} must be text, not {value!r}")
     return value
+
+
+def _id_text(value: Any, key: str) -> str:
+    if not is_valid_id(value):
+        raise ValueError(f"{key} must be an id, not {value!r}")
+    return str(value)
+
+
+def _ids(value: Any, key: str) -> tuple[str, ...]:
+    return tuple([_id_text(v, key) for v in _texts(value, key)])
 
 
 def _count(value: Any, key: str) -> int:
@@ -405,19 +440,21 @@ def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]
 
 
 _CHECKPOINT_READERS: dict[str, Any] = {
-    **dict.fromkeys(("id", "created_at", "session", "save_reason", "model_config", "training_config"), _text),
+    **dict.fromkeys(("id", "session"), _id_text),
+    **dict.fromkeys(("created_at", "save_reason", "model_config", "training_config"), _text),
     **dict.fromkeys(("data_config", "fingerprint", "notes", "decision", "decision_reason", "digest"), _text),
     **dict.fromkeys(("sequence", "revision", "iteration", "last_val_loss_iteration", "size"), _count),
     **dict.fromkeys(("epoch", "train_loss", "val_loss", "last_val_loss", "quality_score"), decode_float),
-    **dict.fromkeys(("parents", "contents", "tags"), _texts),
+    **dict.fromkeys(("contents", "tags"), _texts),
+    "parents": _ids,
     **dict.fromkeys(("extra", "environment"), _mapping),
     "learning_rate": _floats,
     "metrics": _metrics,
     "pinned": _flag,
 }
 _SESSION_READERS: dict[str, Any] = {
-    **dict.fromkeys(("id", "parent", "resume", "config", "started_at", "ended_at"), _text),
-    **dict.fromkeys(("best_checkpoint", "stop_reason"), _text),
+    **dict.fromkeys(("id", "parent", "best_checkpoint"), _id_text),
+    **dict.fromkeys(("resume", "config", "started_at", "ended_at", "stop_reason"), _text),
     **dict.fromkeys(("sequence", "revision", "start_iteration", "end_iteration"), _count),
     **dict.fromkeys(("saved", "evicted", "failed_saves"), _count),
     **dict.fromkeys(("first_val_loss", "last_val_loss", "best_val_loss", "seconds"), decode_float),
@@ -432,15 +469,16 @@ _AS_IT_STANDS = {_text: str, decode_float: float, _count: int}
 
 
 @functools.cache
-def _plain_types(cls: Hashable) -> Mapping[str, type | None]:
+def _plain_types(cls: type[Any]) -> Mapping[str, type | None]:
     readers = _SESSION_READERS if cls is SessionRecord else _CHECKPOINT_READERS
     return {name: _AS_IT_STANDS.get(reader) for name, reader in readers.items()}
 
 
 def _from_json(cls: type[Any], data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(data, dict) or "id" not in data:
+    if not isinstance(data, dict) or data.get("id") is None:
         raise ValueError(f"a {cls.__name__} must be a mapping with an id")
-    plain, fields, unknown = _plain_types(cls), {}, {}
+    kind: Any = cls
+    plain, fields, unknown = _plain_types(kind), {}, {}
     for key, value in data.items():
         if key not in plain:
             unknown[key] = value
@@ -470,7 +508,8 @@ def _plain(value: Any) -> Any:
 
 
 def _to_json(record: Any, full: bool) -> dict[str, Any]:
-    fields, values = _field_names(type(record))
+    kind: Any = type(record)
+    fields, values = _field_names(kind)
     data = dict(record.unknown)
     for (name, droppable), value in zip(fields, values(record), strict=True):
         if full or not droppable or (value is not False and value not in _EMPTY):
@@ -482,18 +521,20 @@ _EMPTY: tuple[Any, ...] = (None, "", (), {})
 
 
 @functools.cache
-def _field_names(cls: Hashable) -> tuple[tuple[tuple[str, bool], ...], Callable[[Any], tuple[Any, ...]]]:
+def _field_names(cls: type[Any]) -> tuple[tuple[tuple[str, bool], ...], Callable[[Any], tuple[Any, ...]]]:
     """The fields in their order, whether an empty one can be left out, and what gets all their values."""
-    fields = [f for f in dataclasses.fields(cast("type[Any]", cls)) if f.name != "unknown"]
+    fields = [f for f in dataclasses.fields(cls) if f.name != "unknown"]
     droppable = [f.default is dataclasses.MISSING or f.default is False or f.default in _EMPTY for f in fields]
     names = [f.name for f in fields]
     return tuple(zip(names, droppable, strict=True)), operator.attrgetter(*names)
 
 
 def thin(points: Iterable[tuple[int, float]], limit: int = MAX_CURVE_POINTS) -> tuple[tuple[int, float], ...]:
-    """At most `limit` of `points`, evenly spread, the first and the last among them."""
+    """At most `limit` of `points`, evenly spread, the first and the last among them (of one, the last)."""
     items = list(points)
     if len(items) <= limit:
         return tuple(items)
+    if limit < 2:
+        return tuple(items[len(items) - limit :])
     step = (len(items) - 1) / (limit - 1)
     return tuple(items[round(i * step)] for i in range(limit))

@@ -1,0 +1,267 @@
+"""The checkpoints of a cache as they stand: grouped, scored, ranked, judged. Reads; decides nothing itself.
+
+It joins what the storage wing observed with what the policy wing answers, without torch, so that
+listings are quick.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ckptcache.config import CacheConfig
+from ckptcache.metadata import CheckpointMetadata, Fingerprint
+from ckptcache.policy import quality, retention
+from ckptcache.policy.compatibility import Description, Group, Verdict, group_of, judge
+from ckptcache.policy.quality import Score
+from ckptcache.storage.index import Index
+from ckptcache.storage.reconcile import Observed
+
+Status = Literal["available", "missing", "damaged", "evicted", "quarantined"]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a checkpoint would or would not be resumed from."""
+
+    record: CheckpointMetadata
+    status: Status
+    score: Score
+    verdict: Verdict
+    eligible: bool
+    """Whether it may be resumed from at all."""
+    chosen: bool
+    """Whether it is the one that "best" resumes from."""
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As `ckptcache explain --json` prints it."""
+        return {
+            "id": self.record.id,
+            "iteration": self.record.iteration,
+            "val_loss": self.record.to_json(full=True)["val_loss"],
+            "status": self.status,
+            "quality_score": self.score.quality,
+            "score_status": self.score.status,
+            "score": dict(self.score.parts),
+            "score_reason": self.score.reason,
+            "verdict": self.verdict.kind,
+            "comparable": self.verdict.comparable,
+            "differences": [dataclasses.asdict(d) for d in self.verdict.differences],
+            "eligible": self.eligible,
+            "chosen": self.chosen,
+            "reason": self.reason,
+        }
+
+
+class Catalog:
+    """A view of one index and of what was observed on the disk; neither may change meanwhile."""
+
+    def __init__(self, root: Path, index: Index, observed: Observed, config: CacheConfig) -> None:
+        self.root = root
+        self.index = index
+        self.observed = observed
+        self.config = config
+        self._group_memo: dict[tuple[str | None, ...], Group] = {}
+        self._verdicts: dict[int, tuple[Description, dict[tuple[str | None, ...], Verdict]]] = {}
+
+    # --- groups and scores -----------------------------------------------------------------------
+
+    def description(self, record: CheckpointMetadata) -> Description:
+        """What is known of the model and data of a checkpoint."""
+        return Description(
+            fingerprint=self.index.fingerprints.get(record.fingerprint or ""),
+            model_config=self.index.configs.get(record.model_config or ""),
+            data_config=self.index.configs.get(record.data_config or ""),
+        )
+
+    def group(self, record: CheckpointMetadata) -> Group:
+        """The group that a checkpoint is ranked in."""
+        key = (record.fingerprint, record.model_config, record.data_config)
+        if key not in self._group_memo:
+            self._group_memo[key] = group_of(self.description(record), self.config.critical_params)
+        return self._group_memo[key]
+
+    @cached_property
+    def groups(self) -> dict[Group, list[CheckpointMetadata]]:
+        """Every record by group, with or without a file, so that losing a file changes no score."""
+        groups: defaultdict[Group, list[CheckpointMetadata]] = defaultdict(list)
+        for record in self.index.checkpoints.values():
+            groups[self.group(record)].append(record)
+        return dict(groups)
+
+    @cached_property
+    def scores(self) -> dict[str, Score]:
+        """The score of every record, under the settings in force."""
+        scores: dict[str, Score] = {}
+        for members in self.groups.values():
+            scores |= quality.score_group(members, self.config)
+        return scores
+
+    def unscored_metrics(self) -> tuple[str, ...]:
+        """Metrics that are recorded and, with none declared, don't count."""
+        if self.config.quality_metrics is not None or self.config.best_fn is not None:
+            return ()
+        found = (quality.find_scored_metrics(members)[1] for members in self.groups.values())
+        return tuple(sorted({name for names in found for name in names}))
+
+    def scored(self, record: CheckpointMetadata) -> CheckpointMetadata:
+        """The record with the quality that it has under the settings in force."""
+        return dataclasses.replace(record, quality_score=self.scores[record.id].quality)
+
+    @cached_property
+    def last_used(self) -> dict[Group, tuple[int, str]]:
+        """When a checkpoint of each group was last saved or resumed from."""
+        used = {group: max(r.order for r in members) for group, members in self.groups.items()}
+        for session in self.index.sessions.values():
+            parent = self.index.checkpoints.get(session.parent or "")
+            if parent is not None:
+                group = self.group(parent)
+                used[group] = max(used[group], session.order)
+        return used
+
+    def status(self, record: CheckpointMetadata) -> Status:
+        """Whether a checkpoint can be read, and if not, why."""
+        if record.decision is not None:
+            return "evicted" if record.decision == "evicted" else "quarantined"
+        if record.id in self.observed.available:
+            return "available"
+        return "damaged" if record.id in self.observed.damaged else "missing"
+
+    # --- listings --------------------------------------------------------------------------------
+
+    def ranked(self, *, everything: bool = False) -> list[CheckpointMetadata]:
+        """Checkpoints best first within each group, the groups by when they were last used."""
+        ranked: list[CheckpointMetadata] = []
+        for group in sorted(self.groups, key=lambda g: self.last_used[g], reverse=True):
+            members = quality.rank(self.groups[group], self.scores)
+            ranked += [self.scored(r) for r in members if everything or r.id in self.observed.available]
+        return ranked
+
+    def latest(self) -> CheckpointMetadata | None:
+        """The latest checkpoint whose file is there."""
+        return max((self.index.checkpoints[id] for id in self.observed.available), key=_order, default=None)
+
+    def best_of(self, group: Group, *, without: str | None = None) -> CheckpointMetadata | None:
+        """The best available checkpoint of a group."""
+        members = [r for r in self.groups.get(group, []) if r.id in self.observed.available and r.id != without]
+        return quality.best(members, self.scores)
+
+    # --- what fits -------------------------------------------------------------------------------
+
+    def judge(self, record: CheckpointMetadata, needed: Description) -> Verdict:
+        """How a checkpoint fits; parts of it for which nothing is needed are not compared."""
+        key = (record.fingerprint, record.model_config, record.data_config)
+        verdicts = self._verdicts.setdefault(id(needed), (needed, {}))[1]
+        if key not in verdicts:
+            verdicts[key] = self._judge(record, needed)
+        return verdicts[key]
+
+    def _judge(self, record: CheckpointMetadata, needed: Description) -> Verdict:
+        saved = self.description(record)
+        if saved.fingerprint is not None and needed.fingerprint is not None:
+            saved = dataclasses.replace(saved, fingerprint=_restricted(saved.fingerprint, needed.fingerprint))
+        return judge(saved, needed, self.config.critical_params)
+
+    def explain(self, needed: Description) -> list[Explanation]:
+        """Every checkpoint that wasn't evicted: first those that "best" would try, in that order."""
+        records = [r for r in self.index.checkpoints.values() if r.decision != "evicted"]
+        verdicts = {r.id: self.judge(r, needed) for r in records}
+        ordered = self._resume_order(records, verdicts)
+        chosen = next((r.id for r in ordered if self._eligible(r, verdicts[r.id])), None)
+        return [self._explanation(r, verdicts[r.id], r.id == chosen) for r in ordered]
+
+    def candidates(self, needed: Description) -> list[CheckpointMetadata]:
+        """What "best" would try, in that order."""
+        return [self.scored(e.record) for e in self.explain(needed) if e.eligible]
+
+    def _eligible(self, record: CheckpointMetadata, verdict: Verdict) -> bool:
+        is_sound = self.scores[record.id].status != "diverged"
+        return is_sound and verdict.kind == "exact" and self.status(record) == "available"
+
+    def _resume_order(
+        self, records: Iterable[CheckpointMetadata], verdicts: Mapping[str, Verdict]
+    ) -> list[CheckpointMetadata]:
+        # Losses on other validation data can't be compared: such groups come whole, after those that can.
+        places = {r.id: i for members in self.groups.values() for i, r in enumerate(quality.rank(members, self.scores))}
+        by_rank = sorted(records, key=lambda r: places[r.id])
+        by_group = sorted(
+            by_rank, key=lambda r: (verdicts[r.id].comparable, self.last_used[self.group(r)]), reverse=True
+        )
+        return sorted(by_group, key=lambda r: not self._eligible(r, verdicts[r.id]))
+
+    def _explanation(self, record: CheckpointMetadata, verdict: Verdict, is_chosen: bool) -> Explanation:
+        status, score = self.status(record), self.scores[record.id]
+        reason = verdict.reason
+        if status != "available":
+            detail = self.observed.missing | self.observed.damaged
+            reason = f"{status}: {record.decision_reason or detail.get(record.id, '')}"
+        elif score.status != "known":
+            reason = f"{score.reason}; {reason}"
+        return Explanation(record, status, score, verdict, self._eligible(record, verdict), is_chosen, reason)
+
+    # --- what stays ------------------------------------------------------------------------------
+
+    def retention_plan(self, current: CheckpointMetadata | None, live_sessions: Collection[str]) -> retention.Plan:
+        """What stays and what goes, seen from `current`, whose group's best is protected."""
+        candidates = self._retention_candidates()
+        protected = retention.protections(
+            candidates,
+            names={name: pointer.checkpoint for name, pointer in self.index.names.items()},
+            current_group=self.group(current) if current is not None else None,
+            live_sessions=live_sessions,
+            live_parents=self._live_parents(live_sessions),
+            keep_latest=self.config.keep_latest,
+            diverged={id for id, score in self.scores.items() if score.status == "diverged"},
+        )
+        return retention.plan(
+            candidates,
+            protected,
+            max_checkpoints=self.config.max_checkpoints,
+            max_bytes=self.config.max_cache_bytes,
+        )
+
+    def _retention_candidates(self) -> list[retention.Candidate]:
+        available = self.observed.available
+        return [
+            retention.Candidate(record, available[record.id], group, rank, self.last_used[group])
+            for group, members in self.groups.items()
+            for rank, record in enumerate(r for r in quality.rank(members, self.scores) if r.id in available)
+        ]
+
+    def _live_parents(self, live_sessions: Collection[str]) -> dict[str, str]:
+        have_saved = {r.session for r in self.index.checkpoints.values() if r.decision is None}
+        sessions = (self.index.sessions[id] for id in live_sessions if id in self.index.sessions)
+        return {s.parent: s.id for s in sessions if s.parent is not None and s.id not in have_saved}
+
+    def surplus_records(self) -> list[str]:
+        """Records beyond `max_records` that go: those without a file, the lowest first, of those the oldest."""
+        excess = len(self.index.checkpoints) - self.config.max_records
+        if excess <= 0:
+            return []
+        named = {pointer.checkpoint for pointer in self.index.names.values()}
+        gone = [
+            r
+            for r in self.index.checkpoints.values()
+            if r.id not in self.observed.available and r.id not in named and not r.pinned
+        ]
+        lowest = sorted(gone, key=lambda r: (_known_quality(self.scores[r.id]), r.order))
+        return [r.id for r in lowest[:excess]]
+
+
+def _order(record: CheckpointMetadata) -> tuple[int, str]:
+    return record.order
+
+
+def _known_quality(score: Score) -> float:
+    return float("-inf") if score.quality is None else score.quality
+
+
+def _restricted(saved: Fingerprint, needed: Fingerprint) -> Fingerprint:
+    """What was saved, without the parts that nothing is needed of: an EMA beside the model, say."""
+    parts = {name.split(".", 1)[0] for name in needed.parameters}
+    parameters = {name: spec for name, spec in saved.parameters.items() if name.split(".", 1)[0] in parts}
+    return Fingerprint(parameters=parameters, optimizers=saved.optimizers)

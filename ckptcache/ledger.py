@@ -1,0 +1,199 @@
+"""The index as a living thing: viewed without a lock, changed under one, by many processes at once."""
+
+import logging
+import os
+import secrets
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckptcache.catalog import Catalog
+from ckptcache.config import CacheConfig
+from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable
+from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.storage import fs
+from ckptcache.storage.index import Index, IndexFile, merge
+from ckptcache.storage.layout import Layout
+from ckptcache.storage.publish import remove_checkpoint
+from ckptcache.storage.reconcile import Observed, Opened, leases, observe, open_index, quarantine, set_aside, tidy
+
+log = logging.getLogger("ckptcache")
+
+
+class Change:
+    """An index being changed while its lock is held; `commit` may be called more than once."""
+
+    def __init__(self, ledger: "Ledger", opened: Opened) -> None:
+        self._ledger = ledger
+        self.index = opened.index.copy()
+        self.observed = observe(self.index, ledger.layout)
+        self.is_dirty = bool(opened.adopted) or opened.broken is not None
+
+    def catalog(self) -> Catalog:
+        """The checkpoints as the changed index has them."""
+        return Catalog(self._ledger.layout.root, self.index, self.observed, self._ledger.config)
+
+    def put(self, record: CheckpointMetadata, piece: Index | None = None) -> None:
+        """Add or replace a record, with the configurations that it names."""
+        self.index.checkpoints[record.id] = record
+        if piece is not None:
+            self.index.configs |= piece.configs
+            self.index.fingerprints |= piece.fingerprints
+        self.is_dirty = True
+
+    def put_session(self, session: SessionRecord) -> None:
+        """Add or replace a session's record."""
+        known = self.index.sessions.get(session.id)
+        if known is None or session.revision >= known.revision:
+            self.index.sessions[session.id] = session
+            self.is_dirty = True
+
+    def commit(self) -> None:
+        """Make it durable. From here on it counts."""
+        for id in self.catalog().surplus_records():
+            del self.index.checkpoints[id]
+        self._ledger.file.commit(self.index, writer=self._ledger.writer)
+        self.is_dirty = False
+
+
+class Ledger:
+    """One cache folder's index, seen from one process."""
+
+    def __init__(self, root: Path, config: CacheConfig) -> None:
+        if root.exists() and not root.is_dir():
+            raise CacheDirIsFile(path=root)
+        self.layout = Layout(root)
+        self.config = config
+        self.file = IndexFile(root)
+        self.overlay = Index()
+        """What was learned of records in a folder that can't be written."""
+        self._leases: dict[str, fs.Lease] = {}
+        self._writer = ""
+        self._owner = 0
+        self._is_tidy = False
+        self._finalizer = weakref.finalize(self, _release_all, self._leases)
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def view(self) -> Catalog:
+        """The checkpoints as they stand; nothing on the disk is changed by looking.
+
+        Raises IndexDamaged when there is nothing to rebuild a broken index from, and IndexTooNew.
+        """
+        opened = open_index(self.file, self.layout)
+        if opened.broken is not None:
+            log.warning("%s Until then it is rebuilt in memory at each look.", opened.broken)
+        index = merge(Index(), opened.index, self.overlay) if self.overlay.checkpoints else opened.index
+        return Catalog(self.layout.root, index, observe(index, self.layout), self.config)
+
+    def live_sessions(self, index: Index) -> set[str]:
+        """Sessions that run, as far as can be known: one of another machine counts until it has ended."""
+        live = set()
+        for owner, state in leases(self.layout).items():
+            session = index.sessions.get(owner)
+            if session is not None and (state == "live" or (state == "unknown" and session.stop_reason is None)):
+                live.add(owner)
+        return live
+
+    # --- changing --------------------------------------------------------------------------------
+
+    @contextmanager
+    def change(self) -> Iterator[Change]:
+        """Hold the lock over a fresh view of the index; what was changed is committed at the end.
+
+        Raises:
+            CacheDirNotWritable: the folder refuses.
+            LockTimeout: another process keeps the lock.
+        """
+        try:
+            with self.file.held():
+                opened = open_index(self.file, self.layout)
+                if opened.broken is not None:
+                    log.warning("%s was set aside at %s", self.file.path, set_aside(self.file, self.layout))
+                change = Change(self, opened)
+                self._tidy_once(change.observed)
+                yield change
+                if change.is_dirty:
+                    change.commit()
+        except OSError as error:
+            raise CacheDirNotWritable(path=self.layout.root, reason=fs.reason_of(error)) from error
+
+    def _tidy_once(self, observed: Observed) -> None:
+        if not self._is_tidy:
+            self._is_tidy = True
+            for path in tidy(observed, self.file, self.layout):
+                log.info("removed %s, which a crash had left behind", path)
+
+    def tidy_thoroughly(self) -> None:
+        """Adopt, clean up, and remove the leases of the dead and of other machines."""
+        self._is_tidy = False
+        with self.change():
+            for owner, state in leases(self.layout).items():
+                if state != "live":
+                    fs.remove(self.layout.lease(owner), root=self.layout.root)
+
+    def set_aside_index(self) -> Path | None:
+        """Move a broken index into quarantine; its lock must be held. Returns where it went."""
+        return set_aside(self.file, self.layout)
+
+    def evict(self, change: Change, decided: Mapping[str, str]) -> None:
+        """Record the decision durably, and only then remove the files."""
+        if not decided:
+            return
+        for id, reason in decided.items():
+            record = change.index.checkpoints[id]
+            change.put(record.changed(decision="evicted", decision_reason=reason))
+            change.observed.available.pop(id, None)
+        change.commit()
+        for id in decided:
+            remove_checkpoint(self.layout, id)
+
+    def quarantine(self, id: str, reason: str) -> None:
+        """Put a checkpoint that failed verification where nothing resumes from it."""
+        log.warning("%s failed verification and goes to quarantine: %s", id, reason)
+        with self.change() as change:
+            path, record = self.layout.locate(id), change.index.checkpoints.get(id)
+            if record is not None:
+                change.put(record.changed(decision="quarantined", decision_reason=reason))
+                change.commit()
+            if path.exists():
+                quarantine(path, self.layout, reason=reason)
+            fs.remove(self.layout.sidecar(id), root=self.layout.root)
+
+    # --- who writes ------------------------------------------------------------------------------
+
+    @property
+    def writer(self) -> str:
+        """This process's name in the temporary files it writes; its lease says whether it still lives."""
+        if self._owner != os.getpid():
+            # A forked child is a writer of its own; the parent's leases stay the parent's.
+            self._owner, self._leases = os.getpid(), {}
+            self._finalizer = weakref.finalize(self, _release_all, self._leases)
+            self._writer = f"writer_{secrets.token_hex(6)}"
+        return self._writer
+
+    def hold(self, owner: str) -> None:
+        """Hold the lease of a session or writer until it is released or this process ends."""
+        self.writer  # noqa: B018 - notices a fork
+        if owner not in self._leases:
+            fs.ensure_folder(self.layout.sessions)
+            try:
+                self._leases[owner] = fs.Lease(self.layout.lease(owner))
+            except OSError as error:
+                raise CacheDirNotWritable(path=self.layout.sessions, reason=fs.reason_of(error)) from error
+
+    def release(self, owner: str) -> None:
+        """Give a lease back."""
+        lease = self._leases.pop(owner, None)
+        if lease is not None:
+            lease.release()
+
+    def close(self) -> None:
+        """Give all leases back."""
+        _release_all(self._leases)
+
+
+def _release_all(held: dict[str, fs.Lease]) -> None:
+    for owner in list(held):
+        held.pop(owner).release()

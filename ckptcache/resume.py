@@ -1,0 +1,113 @@
+"""From which checkpoints a run may resume, in which order: a pure choice over the catalogue."""
+
+from dataclasses import dataclass
+
+from ckptcache.catalog import Catalog, Explanation
+from ckptcache.errors import AmbiguousId, CheckpointMissing, CheckpointNotFound, Incompatible
+from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord
+from ckptcache.policy.compatibility import Description
+
+UNFINISHED = (None, "signal", "error", "max_seconds")
+"""Stop reasons of a session that "auto" continues."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The checkpoints to try, in order, and whether the user named the only one."""
+
+    records: list[CheckpointMetadata]
+    is_named: bool = False
+    notes: tuple[str, ...] = ()
+    """What a user should know of the choice, one sentence each."""
+
+
+def choose(catalog: Catalog, needed: Description, resume: str, *, live: set[str]) -> Choice:
+    """The checkpoints to try under the policy `resume`: best, latest, auto, never, or an id or name.
+
+    Raises:
+        CheckpointNotFound, AmbiguousId: `resume` names none, or several.
+        CheckpointMissing: the one that it names has no file.
+        Incompatible: the one that it names doesn't fit.
+    """
+    if resume == "never":
+        return Choice([])
+    if resume not in RESERVED_NAMES:
+        return _named(catalog, needed, resume)
+    eligible = [e.record for e in catalog.explain(needed) if e.eligible]
+    by_age = sorted(eligible, key=lambda r: r.order, reverse=True)
+    if resume == "latest":
+        return Choice(by_age)
+    if resume == "auto":
+        session = _interrupted(catalog, eligible, live)
+        if session is not None:
+            own = [r for r in by_age if r.session == session.id]
+            note = f"session {session.id} was cut short ({session.stop_reason or 'killed'}); it goes on from its latest"
+            return Choice([*own, *(r for r in eligible if r.session != session.id)], notes=(note,))
+    return Choice(eligible, notes=_passed_by(catalog, eligible))
+
+
+def _named(catalog: Catalog, needed: Description, wanted: str) -> Choice:
+    record = find(catalog, wanted)
+    if catalog.status(record) != "available":
+        observed = catalog.observed.missing | catalog.observed.damaged
+        reason = record.decision_reason or observed.get(record.id, catalog.status(record))
+        raise CheckpointMissing(id=record.id, reason=reason, path=catalog.root / "checkpoints")
+    verdict = catalog.judge(record, needed)
+    if verdict.kind != "exact":
+        raise Incompatible(id=record.id, reason=verdict.reason)
+    return Choice([record], is_named=True)
+
+
+def _interrupted(catalog: Catalog, eligible: list[CheckpointMetadata], live: set[str]) -> SessionRecord | None:
+    """The newest session that left a checkpoint that fits, if it was cut short."""
+    sessions = {r.session for r in eligible if r.session is not None}
+    known = [catalog.index.sessions[id] for id in sessions if id in catalog.index.sessions]
+    newest = max(known, key=lambda s: s.order, default=None)
+    if newest is None or newest.id in live or newest.stop_reason not in UNFINISHED:
+        return None
+    return newest
+
+
+def _passed_by(catalog: Catalog, eligible: list[CheckpointMetadata]) -> tuple[str, ...]:
+    """Best is not the latest: people who meant to go on must hear of it, and how."""
+    if not eligible:
+        return ()
+    chosen, latest = eligible[0], max(eligible, key=lambda r: r.order)
+    if latest.id == chosen.id or latest.iteration <= chosen.iteration:
+        return ()
+    return (
+        f"the best, {chosen.id} (iteration {chosen.iteration}), is older than the latest, {latest.id} "
+        f"(iteration {latest.iteration}): choose that one with resume=latest",
+    )
+
+
+def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
+    """The record that an id, a unique prefix of one, a name, "best" or "latest" stands for.
+
+    Raises CheckpointNotFound or AmbiguousId.
+    """
+    records = catalog.index.checkpoints
+    pointer = catalog.index.names.get(wanted)
+    if wanted in records:
+        return records[wanted]
+    if pointer is not None and pointer.checkpoint in records:
+        return records[pointer.checkpoint]
+    if wanted in ("best", "latest"):
+        found = catalog.latest() if wanted == "latest" else next(iter(catalog.candidates(Description())), None)
+        if found is not None:
+            return records[found.id]
+    matches = sorted(id for id in records if wanted and id.startswith(wanted))
+    if len(matches) > 1:
+        raise AmbiguousId(prefix=wanted, count=len(matches), examples=", ".join(matches[:3]))
+    if not matches:
+        raise CheckpointNotFound(id=wanted, path=catalog.root)
+    return records[matches[0]]
+
+
+def why_not(explanations: list[Explanation], limit: int = 5) -> list[str]:
+    """For each checkpoint that can't be resumed from, one line that says why; at most `limit`."""
+    rejected = [e for e in explanations if not e.eligible]
+    lines = [f"{e.record.id}: {e.reason}" for e in rejected[:limit]]
+    if len(rejected) > limit:
+        lines.append(f"and {len(rejected) - limit} more (`ckptcache explain` lists all)")
+    return lines

@@ -1,0 +1,257 @@
+"""Saving: from live objects to a checkpoint that counts, at once or in the background."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import torch
+
+from ckptcache.catalog import Catalog
+from ckptcache.environment import environment
+from ckptcache.errors import CkptCacheError, InvalidValue, NoSpace, NotSavable, SaveFailed
+from ckptcache.ledger import Change, Ledger
+from ckptcache.metadata import CheckpointMetadata, SessionRecord, as_float, jsonable, new_checkpoint_id, utc_now
+from ckptcache.policy import quality
+from ckptcache.policy.compatibility import Description, architecture_key
+from ckptcache.state.capture import Captured, capture, walk
+from ckptcache.state.staging import snapshot
+from ckptcache.storage import fs, ptfile
+from ckptcache.storage.index import Index
+from ckptcache.storage.publish import Publication
+from ckptcache.storage.reconcile import Observed, sidecar_bytes
+
+log = logging.getLogger("ckptcache")
+_OVERHEAD = 1 << 20
+"""Bytes that a file takes beyond its tensors, generously."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A checkpoint that is captured and described, and not yet written."""
+
+    state: Mapping[str, Any]
+    record: CheckpointMetadata
+    piece: Index
+    """The configurations and the fingerprint that the record names."""
+    session: SessionRecord | None = None
+
+
+class Saver:
+    """Writes the checkpoints of one cache from one process, one at a time."""
+
+    def __init__(self, ledger: Ledger, *, on_evicted: Callable[[Mapping[str, str]], None]) -> None:
+        self._ledger = ledger
+        self._on_evicted = on_evicted
+        self._thread: threading.Thread | None = None
+        self._error: CkptCacheError | None = None
+
+    # --- describing ------------------------------------------------------------------------------
+
+    def draft(
+        self,
+        state: Mapping[str, Any],
+        measured: Mapping[str, Any],
+        configs: Mapping[str, Any],
+        described: Mapping[str, Any],
+        session: SessionRecord | None,
+    ) -> Draft:
+        """Capture and describe; raises NotSavable or InvalidValue before anything is written."""
+        if isinstance(state, Mapping) and ptfile.HEADER in state:
+            raise NotSavable(key=ptfile.HEADER, kind="named like the file's own header", remedy="give it another name")
+        captured = capture(state)
+        piece = Index()
+        names: dict[str, Any] = {
+            name: piece.store_config(None if value is None else jsonable(value, name))
+            for name, value in configs.items()
+        }
+        names["fingerprint"] = piece.store_fingerprint(captured.fingerprint)
+        key = architecture_key(
+            Description(captured.fingerprint, piece.configs.get(names["model_config"] or "")),
+            self._ledger.config.critical_params,
+        )
+        numbers = _measured(measured, captured)
+        record = CheckpointMetadata(
+            id=new_checkpoint_id(numbers["iteration"], key),
+            created_at=utc_now(),
+            session=None if session is None else session.id,
+            contents=captured.contents,
+            environment=environment(),
+            **names,
+            **numbers,
+            **described,
+        )
+        return Draft(captured.state, record, piece, session)
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def write(self, draft: Draft) -> CheckpointMetadata:
+        """Write a checkpoint and commit it; raises SaveFailed or NoSpace, with everything as it was before."""
+        self.wait()
+        return self._write(draft)
+
+    def write_later(self, draft: Draft) -> CheckpointMetadata:
+        """Copy the state and write it in a thread; the record has neither size nor digest yet."""
+        self.wait()
+        staged = dataclasses.replace(draft, state=snapshot(draft.state))
+        # Not a daemon: the interpreter waits for it at exit, so that no half file is left behind.
+        self._thread = threading.Thread(target=self._write_quietly, args=(staged,), name="ckptcache-save")
+        self._thread.start()
+        return draft.record
+
+    def wait(self) -> None:
+        """Wait for the save in flight, and raise what it failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write_quietly(self, draft: Draft) -> None:
+        try:
+            self._write(draft)
+        except CkptCacheError as error:
+            self._error = error
+
+    def _write(self, draft: Draft) -> CheckpointMetadata:
+        id, layout = draft.record.id, self._ledger.layout
+        _check_space(draft, layout.checkpoints)
+        self._ledger.hold(self._ledger.writer)
+        publication: Publication | None = None
+        try:
+            publication = Publication(layout, id, self._ledger.writer)
+            written = ptfile.write(publication.file, draft.state, _embedded(draft))
+            publication.file.sync()
+            record = dataclasses.replace(draft.record, size=written.size, digest=written.digest)
+            with self._ledger.change() as change:
+                record = self._commit(change, publication, dataclasses.replace(draft, record=record))
+                publication = None
+                self._prune(change, record)
+        except BaseException as error:
+            if publication is not None:
+                _withdraw(publication)
+            if isinstance(error, CkptCacheError):
+                raise
+            if isinstance(error, OSError | RuntimeError):
+                raise SaveFailed(id=id, path=layout.checkpoints, reason=_reason(error)) from error
+            raise
+        return record
+
+    def _commit(self, change: Change, publication: Publication, draft: Draft) -> CheckpointMetadata:
+        before = change.index.copy()
+        record = dataclasses.replace(draft.record, sequence=change.index.sequence + 1)
+        change.put(record, draft.piece)
+        change.observed.available[record.id] = record.size or 0
+        if draft.session is not None:
+            change.put_session(draft.session)
+        record = change.catalog().scored(record)
+        change.put(record)
+        try:
+            publication.publish(sidecar_bytes(record, draft.piece))
+            change.commit()
+        except BaseException:
+            # The new index may stand on the disk already, unsynced: put the old one back before the files go.
+            change.index, change.is_dirty = before, False
+            with suppress(OSError):
+                change.commit()
+            raise
+        return record
+
+    def _prune(self, change: Change, record: CheckpointMetadata) -> None:
+        """Keep the limits. The checkpoint counts already, so that a failure here is said and survived."""
+        if not self._ledger.config.auto_cleanup:
+            return
+        plan = change.catalog().retention_plan(record, self._ledger.live_sessions(change.index))
+        if plan.over_limit:
+            log.warning("%s", plan.over_limit)
+        try:
+            self._ledger.evict(change, plan.evicted)
+        except OSError as error:
+            change.is_dirty = False
+            log.warning("%s was saved, and pruning failed: %s", record.id, fs.reason_of(error))
+        else:
+            self._on_evicted(plan.evicted)
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+def improves(catalog: Catalog, draft: Draft) -> bool:
+    """Whether the quality of a draft is better than the best available of its group by the threshold, or the first."""
+    record, piece, index = draft.record, draft.piece, catalog.index.copy()
+    index.checkpoints[record.id] = record
+    index.configs |= piece.configs
+    index.fingerprints |= piece.fingerprints
+    observed = Observed(available={**catalog.observed.available, record.id: 0})
+    after = Catalog(catalog.root, index, observed, catalog.config)
+    best = after.best_of(after.group(record), without=record.id)
+    best_quality = None if best is None else after.scores[best.id].quality
+    if after.scores[record.id].status == "diverged":
+        return False
+    return quality.improves(after.scores[record.id].quality, best_quality, catalog.config.min_improvement_threshold)
+
+
+def _measured(given: Mapping[str, Any], captured: Captured) -> dict[str, Any]:
+    numbers = {
+        name: None if given[name] is None else as_float(given[name], name)
+        for name in ("epoch", "train_loss", "val_loss", "last_val_loss")
+    }
+    return {
+        **numbers,
+        "iteration": _iteration(given["iteration"]),
+        "last_val_loss_iteration": given["last_val_loss_iteration"],
+        "metrics": {str(name): as_float(value, f"metrics.{name}") for name, value in given["metrics"].items()},
+        "learning_rate": _rates(given["learning_rate"]) or captured.learning_rate,
+    }
+
+
+def _iteration(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 0:
+        raise InvalidValue(name="iteration", value=value, reason="it must be a whole number of at least 0")
+    return int(value)
+
+
+def _rates(given: float | Iterable[float] | None) -> tuple[float, ...]:
+    if given is None:
+        return ()
+    rates = given if isinstance(given, Iterable) else (given,)
+    return tuple(as_float(rate, "learning_rate") for rate in rates)
+
+
+def _embedded(draft: Draft) -> dict[str, Any]:
+    """What stands inside the file: a sidecar without size and digest, which nobody knows before it is written."""
+    document: dict[str, Any] = orjson.loads(sidecar_bytes(draft.record, draft.piece))
+    return document
+
+
+def _check_space(draft: Draft, folder: Any) -> None:
+    storages = {
+        (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
+        for _, t in walk(draft.state)
+        if isinstance(t, torch.Tensor) and t.layout is torch.strided
+    }
+    needed, free = sum(storages.values()) + _OVERHEAD, fs.free_bytes(folder)
+    if needed > free:
+        raise NoSpace(id=draft.record.id, path=folder, needed=needed, free=free)
+
+
+def _withdraw(publication: Publication) -> None:
+    try:
+        publication.withdraw()
+    except OSError as error:
+        log.warning("what was left of a failed save could not be removed: %s", fs.reason_of(error))
+
+
+def _reason(error: BaseException) -> str:
+    # torch turns an OSError of the file it writes to into a RuntimeError of its own.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return fs.reason_of(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n")[0]

@@ -1,0 +1,181 @@
+"""From live objects to a tree of tensors and plain values, and what that tree says about the model.
+
+What `torch.load(weights_only=True)` could not read back is refused here, by its key, before anything
+is written: a checkpoint that can be saved and never be read is worse than none.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ckptcache.errors import NotSavable
+from ckptcache.metadata import Fingerprint
+from ckptcache.state.names import canonical_names
+from ckptcache.state.rng import generator_access
+
+NDARRAY = "__ndarray__"
+"""Marks a tensor that was a NumPy array, so that it comes back as one."""
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_REMEDY = "save its values as tensors, numbers, text, lists or mappings, or give it a state_dict()"
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The state of some objects at one instant; its tensors still share memory with the objects."""
+
+    state: dict[str, Any]
+    fingerprint: Fingerprint
+    learning_rate: tuple[float, ...]
+    """One per parameter group of the first optimizer; empty without one."""
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """Names of the parts."""
+        return tuple(self.state)
+
+
+def capture(objects: Mapping[str, Any]) -> Captured:
+    """The state of `objects`: anything with `state_dict`, generators, tensors, arrays, plain values, trees of these.
+
+    Raises:
+        NotSavable: something in it could not be read back; its key is named.
+    """
+    if not isinstance(objects, Mapping) or not all(isinstance(key, str) for key in objects):
+        raise NotSavable(key="state", kind=f"a {type(objects).__name__}", remedy='pass a mapping: {"model": model}')
+    state = {key: to_plain(value, key) for key, value in objects.items()}
+    return Captured(state, fingerprint(objects, state), learning_rates(objects))
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def to_plain(value: Any, key: str) -> Any:
+    """`value` as tensors and plain values; raises NotSavable with the `key` of what can't be."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, torch.Tensor):
+        return _plain_tensor(value, key)
+    if isinstance(value, np.ndarray):
+        return {NDARRAY: _plain_array(value, key)}
+    if isinstance(value, np.generic):
+        return to_plain(value.item(), key)
+    if isinstance(value, nn.Module):
+        return module_state(value, key)
+    if (access := generator_access(value)) is not None:
+        return to_plain(access[0](), key)
+    if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
+        return to_plain(value.state_dict(), key)
+    return _plain_container(value, key)
+
+
+def _plain_container(value: Any, key: str) -> Any:
+    if type(value) in (dict, OrderedDict):
+        for name in value:
+            if type(name) not in (str, int, float, bool, type(None), tuple):
+                raise NotSavable(key=key, kind=f"a mapping with a {type(name).__name__} for a key", remedy=_REMEDY)
+        return type(value)((name, to_plain(item, f"{key}.{name}")) for name, item in value.items())
+    if type(value) in (list, tuple, set):
+        return type(value)(to_plain(item, f"{key}[{position}]") for position, item in enumerate(value))
+    raise NotSavable(key=key, kind=f"a {type(value).__module__}.{type(value).__qualname__}", remedy=_REMEDY)
+
+
+def _plain_tensor(value: torch.Tensor, key: str) -> torch.Tensor:
+    if type(value).__name__ == "DTensor":
+        raise NotSavable(
+            key=key, kind="a DTensor, one shard of a distributed state", remedy="gather it first, e.g. full_tensor()"
+        )
+    if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        raise NotSavable(key=key, kind=f"a tensor of class {type(value).__name__}", remedy="save a plain torch.Tensor")
+    if value.is_meta:
+        raise NotSavable(
+            key=key, kind="a tensor on the meta device, which has no values", remedy="materialise it first"
+        )
+    return value.detach()
+
+
+def _plain_array(value: np.ndarray[Any, Any], key: str) -> torch.Tensor:
+    native = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
+    try:
+        return torch.from_numpy(native.reshape(value.shape).copy())
+    except TypeError as error:
+        raise NotSavable(key=key, kind=f"a NumPy array of {value.dtype}", remedy="save it as numbers") from error
+
+
+def module_state(module: nn.Module, key: str) -> OrderedDict[str, Any]:
+    """A module's `state_dict` under canonical names: the same whether it is compiled, wrapped or plain."""
+    saved = module.state_dict()
+    canonical = canonical_names(saved)
+    return OrderedDict((canonical[name], to_plain(value, f"{key}.{name}")) for name, value in saved.items())
+
+
+# --- what the model is ---------------------------------------------------------------------------
+
+
+def fingerprint(objects: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> Fingerprint:
+    """Names, shapes and dtypes of the model in `objects`, and its optimizers.
+
+    The model is every `nn.Module` in the tree; failing that, the tensors under "model"; failing
+    that, every tensor. `state` is what was captured of `objects`, where that was done already.
+    """
+    plain = state if state is not None else {key: to_plain(value, key) for key, value in objects.items()}
+    tensors = _model_tensors(objects, plain)
+    optimizers = {name: value for name, value in walk(objects) if isinstance(value, torch.optim.Optimizer)}
+    return Fingerprint(
+        parameters={name: describe(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)},
+        optimizers={
+            **{key: found for key, value in plain.items() if (found := _optimizer_like(value)) is not None},
+            **{name: _describe_optimizer(value) for name, value in optimizers.items()},
+        },
+    )
+
+
+def _model_tensors(objects: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    modules = {name: value for name, value in walk(objects) if isinstance(value, nn.Module)}
+    if modules:
+        return {f"{name}.{k}": v for name, module in modules.items() for k, v in module_state(module, name).items()}
+    model = plain.get("model")
+    if isinstance(model, Mapping) and all(isinstance(name, str) for name in model):
+        return {f"model.{canonical}": model[name] for name, canonical in canonical_names(model).items()}
+    return dict(walk(plain))
+
+
+def _optimizer_like(value: Any) -> dict[str, Any] | None:
+    """An optimizer's state_dict is known by its two keys; its class is not in it."""
+    if not isinstance(value, Mapping) or set(value) != {"state", "param_groups"}:
+        return None
+    return {"param_groups": [len(group.get("params", ())) for group in value["param_groups"]]}
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Dtype and shape, like ``float32[256, 64]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "param_groups": sizes}
+
+
+def learning_rates(objects: Mapping[str, Any]) -> tuple[float, ...]:
+    """The learning rate of each parameter group of the first optimizer in the tree."""
+    for _, value in walk(objects):
+        if isinstance(value, torch.optim.Optimizer):
+            return tuple(float(group["lr"]) for group in value.param_groups)
+    return ()
+
+
+def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of mappings, lists and tuples, with their dotted paths."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from walk(value, f"{path}.{key}" if path else str(key))
+    elif type(tree) in (list, tuple):
+        for position, value in enumerate(tree):
+            yield from walk(value, f"{path}.{position}")
+    else:
+        yield path, tree

@@ -1,0 +1,116 @@
+"""Checkpoints to files that others read, and from files that others wrote."""
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import orjson
+
+from ckptcache.errors import CheckpointMissing, ExportFailed
+from ckptcache.metadata import CheckpointMetadata, decode_float, is_valid_id, jsonable
+from ckptcache.storage import fs
+
+if TYPE_CHECKING:
+    import torch
+
+_TAKEN_FROM_FILE = ("iteration", "epoch", "train_loss", "val_loss", "metrics", "model_config", "data_config")
+
+
+def export(
+    state: Mapping[str, Any], record: CheckpointMetadata, path: Path, *, everything: bool, overwrite: bool
+) -> Path:
+    """Write the model of `state`, or `everything`, to `path`; raises ExportFailed."""
+    if path.suffix not in (".pt", ".safetensors"):
+        raise ExportFailed(id=record.id, path=path, reason="the file must end in .pt or .safetensors")
+    if path.exists() and not overwrite:
+        raise ExportFailed(id=record.id, path=path, reason="the file is there already; overwrite it, or name another")
+    if not everything and "model" not in state:
+        parts = ", ".join(state)
+        raise ExportFailed(id=record.id, path=path, reason=f"it has no part 'model', only {parts}; export everything")
+    try:
+        temp = fs.TempFile(path, f"export-{secrets.token_hex(4)}")
+    except OSError as error:
+        raise ExportFailed(id=record.id, path=path, reason=fs.reason_of(error)) from error
+    try:
+        _write(temp, state if everything else state["model"], record, path.suffix, everything)
+        temp.sync()
+        temp.publish()
+    except BaseException as error:
+        temp.discard()
+        if isinstance(error, OSError | RuntimeError):
+            raise ExportFailed(id=record.id, path=path, reason=str(error).split("\n")[0]) from error
+        raise
+    fs.sync_folder(path.parent)
+    return path
+
+
+def _write(
+    temp: fs.TempFile, state: Mapping[str, Any], record: CheckpointMetadata, ending: str, everything: bool
+) -> None:
+    import torch
+    from safetensors.torch import save
+
+    if ending == ".pt":
+        torch.save(dict(state), cast(IO[bytes], temp))
+        return
+    tensors = _flat_tensors(state)
+    described = orjson.dumps(record.to_json()).decode()
+    temp.write(save(tensors, metadata={"format": "pt", "ckptcache": described}))
+
+
+def _flat_tensors(state: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
+    """Tensors under dotted names; safetensors knows neither shared memory nor strides, so each is a copy."""
+    import torch
+
+    from ckptcache.state.capture import walk
+
+    return {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in walk(state)
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def read_foreign(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parts of a file that something else wrote, and what it says of itself in the words of `save`.
+
+    Raises CheckpointMissing, NotACheckpoint, UnsafeCheckpoint or CheckpointDamaged.
+    """
+    from ckptcache.state.restore import from_plain
+    from ckptcache.storage import ptfile
+
+    try:
+        content = ptfile.read(path)
+    except FileNotFoundError as error:
+        raise CheckpointMissing(id=path.name, reason="there is no such file", path=path) from error
+    described: dict[str, Any] = {"iteration": 0, "tags": ["imported"], "notes": f"imported from {path.name}"}
+    source = dict(content.state)
+    if content.record is not None:
+        source |= _own_record(content.record)
+    for name in _TAKEN_FROM_FILE:
+        if name in source and _is_usable(name, source[name]):
+            described[name] = source[name]
+    return {key: from_plain(value) for key, value in content.state.items()}, described
+
+
+def _own_record(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of a cache says of itself: its record, the configurations filled in."""
+    records = document.get("checkpoints")
+    if not isinstance(records, dict) or len(records) != 1:
+        return {}
+    (id, record), configs = next(iter(records.items())), document.get("configs")
+    if not is_valid_id(id) or not isinstance(record, dict) or not isinstance(configs, dict):
+        return {}
+    filled = {name: configs.get(record.get(name)) for name in ("model_config", "data_config")}
+    return {**record, **filled, "extra": {"imported_from": id}}
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    try:
+        if name in ("model_config", "data_config", "metrics"):
+            return isinstance(jsonable(value), dict)
+        decode_float(value, name)
+    except (ValueError, TypeError):
+        return False
+    return name != "iteration" or (isinstance(value, int) and value >= 0)

@@ -1,0 +1,100 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import generate_docs  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SKIP = "<!-- skip -->"
+
+
+def python_blocks(page: str) -> str:
+    """The Python of a page, each line where it stands there, so that a traceback names the page's line."""
+    kept, inside, before = [], None, ""
+    for line in page.splitlines():
+        fence = re.match(r"```(\w*)", line)
+        if fence and inside is None:
+            inside = "python" if fence[1] == "python" and before != SKIP else "other"
+            kept.append("")
+        elif fence:
+            inside = None
+            kept.append("")
+        else:
+            kept.append(line if inside == "python" else "")
+        before = line.strip() or before
+    return "\n".join(kept)
+
+
+def run_page(page: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "page.py").write_text(python_blocks(page), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "page.py"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_on_the_page_runs(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    if not python_blocks(text).strip():
+        return
+    done = run_page(text, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_block_that_fails_is_told_with_its_line(tmp_path):
+    done = run_page("# Page\n\n```python\nx = 1\n```\n\nSo:\n\n```python\nassert x == 2\n```\n", tmp_path)
+    assert done.returncode == 1
+    assert "line 10" in done.stderr
+
+
+def test_blocks_share_a_namespace_and_skipped_or_other_ones_do_not_run(tmp_path):
+    page = f"```python\nx = 1\n```\n{SKIP}\n\n```python\nx = 2\n```\n```sh\nx = 3\n```\n```python\nassert x == 1\n```\n"
+    done = run_page(page, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_generated_pages_are_up_to_date():
+    command = [sys.executable, "scripts/generate_docs.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_page_that_is_old_or_not_there_is_out_of_date(tmp_path):
+    (tmp_path / "old.md").write_text("before\n")
+    (tmp_path / "same.md").write_text("same\n")
+    made = {"old.md": "now\n", "same.md": "same\n", "new.md": "new\n"}
+    assert generate_docs.out_of_date(made, tmp_path) == ["old.md", "new.md"]
+
+
+def test_errors_are_listed_with_code_and_message_below_their_section():
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    settings, folder = page.index("## Settings and arguments"), page.index("## The folder")
+    row = "| `AmbiguousId` | 2 | {prefix!r} fits {count} checkpoints ({examples}): give more of the id. |"
+    assert settings < page.index(row) < folder
+
+
+def test_the_command_line_is_listed_with_every_command():
+    click = pytest.importorskip("click")
+
+    @click.group(help="All of it.")
+    def main() -> None: ...
+
+    @main.group(help="Inner ones.")
+    def names() -> None: ...
+
+    @names.command("set", help="Set one.")
+    def set_() -> None: ...
+
+    @main.command(hidden=True)
+    def secret() -> None: ...
+
+    page = generate_docs.cli_page(main)
+    assert re.findall(r"^## (.*)$", page, re.M) == ["ckptcache", "ckptcache names", "ckptcache names set"]
+    assert "Set one." in page
+    assert "secret" not in page
