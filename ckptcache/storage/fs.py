@@ -126,14 +126,18 @@ def scan(folder: Path) -> dict[str, Entry]:
     """The regular files directly in `folder`, by name; links are left out, a missing folder is empty."""
     try:
         with os.scandir(folder) as entries:
-            return {e.name: _entry(e) for e in entries if e.is_file(follow_symlinks=False)}
+            return {found.name: found for e in entries if (found := _entry(e)) is not None}
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry:
-    status = entry.stat(follow_symlinks=False)
-    return Entry(entry.name, status.st_size, status.st_mtime_ns)
+def _entry(entry: "os.DirEntry[str]") -> Entry | None:
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        # Removed since the folder was listed; the others are still there.
+        return None
+    return Entry(entry.name, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 # --- reading -------------------------------------------------------------------------------------
