@@ -249,7 +249,12 @@ def keep_generation(path: Path, kept: Path, *, writer: str) -> None:
         # File systems without hard links (FAT, some network ones) get a copy.
         write_atomically(kept, path.read_bytes(), writer=writer)
         return
-    system.replace(temp, kept)
+    try:
+        system.replace(temp, kept)
+    finally:
+        # Renaming one name of a file over another of the same file does nothing and leaves both.
+        with suppress(FileNotFoundError):
+            system.unlink(temp)
 
 
 def sync_folder(path: Path) -> None:
