@@ -92,12 +92,12 @@ def ensure_folder(path: Path) -> Path:
         CacheDirIsFile: something that isn't a folder stands at `path` or above it.
         CacheDirNotWritable: the system refuses.
     """
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_symlink():
-        raise CacheDirIsFile(path=path)
-    ensure_folder(path.parent)
     try:
+        if path.is_dir():
+            return path
+        if path.exists() or path.is_symlink():
+            raise CacheDirIsFile(path=path)
+        ensure_folder(path.parent)
         with suppress(FileExistsError):
             system.mkdir(path)
         system.fsync_folder(path.parent)
