@@ -13,7 +13,6 @@ import shutil
 import socket
 import stat
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -292,26 +291,33 @@ def reason_of(error: OSError) -> str:
 
 # --- locks ---------------------------------------------------------------------------------------
 
-_in_process = threading.RLock()
-
 
 @contextmanager
-def locked(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+def locked(path: Path, *, timeout: float = LOCK_TIMEOUT, poll: float = 0.002) -> Iterator[None]:
     """Hold the cross-process lock file `path`, which is created at need and never removed.
 
+    Threads of one process exclude each other too, since each call opens the file anew. A lock of
+    their own beside it was rejected: it would make a short wait for one file as long as the longest
+    for any other, and a child forked while another thread holds it would wait for ever.
+
+    Args:
+        path: the lock file; its folder must exist.
+        timeout: seconds to wait; infinity waits for as long as it takes.
+        poll: seconds between two attempts.
+
     Raises:
-        LockTimeout: another process kept it for `timeout` seconds.
+        LockTimeout: another process or thread kept it for `timeout` seconds.
+        OSError: the file can't be created or opened.
     """
-    lock = FileLock(path, poll_interval=0.002)
-    with _in_process:
-        try:
-            lock.acquire(timeout=timeout)
-        except Timeout as error:
-            raise LockTimeout(path=path, seconds=timeout) from error
-        try:
-            yield
-        finally:
-            lock.release()
+    lock = FileLock(path, poll_interval=poll)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise LockTimeout(path=path, seconds=timeout) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 LeaseState = Literal["live", "dead", "unknown"]
