@@ -38,6 +38,10 @@ class System:
         """Open a new file for writing; never an existing one, and never through a link."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o666)
 
+    def overwrite(self, path: Path) -> int:
+        """Open an existing file to write it anew; only for lock files, which nobody relies on to be whole."""
+        return os.open(path, os.O_WRONLY | os.O_TRUNC | _NO_FOLLOW | _BINARY)
+
     def write(self, fd: int, data: memoryview) -> int:
         """Write some of `data`; returns how many bytes."""
         return os.write(fd, data)
@@ -188,11 +192,10 @@ class TempFile:
 
     def write(self, data: Any) -> int:
         """Write all of `data`, which is anything with a buffer; returns its length in bytes."""
-        view = memoryview(data).cast("B")
-        rest = view
-        while len(rest):
-            rest = rest[system.write(self._open(), rest) :]
-        return len(view)
+        view = memoryview(data)
+        if view.nbytes:  # a view with a zero in its shape can't be cast
+            _write_all(self._open(), view.cast("B"))
+        return view.nbytes
 
     def flush(self) -> None:
         """Nothing is buffered here; writers of archives call it."""
@@ -222,6 +225,11 @@ class TempFile:
         if self._fd is None:
             raise ValueError(f"{self.path} is closed")
         return self._fd
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while len(data):
+        data = data[system.write(fd, data) :]
 
 
 def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
@@ -334,8 +342,22 @@ class Lease:
         self._owner = os.getpid()
         self._lock = FileLock(path, thread_local=False)
         # Whoever looks whether it is held takes it for an instant, hence not timeout=0.
-        self._lock.acquire(timeout=LOCK_TIMEOUT)
-        path.write_bytes(orjson.dumps({**_this_machine(), "pid": self._owner}))
+        try:
+            self._lock.acquire(timeout=LOCK_TIMEOUT)
+        except Timeout as error:
+            raise LockTimeout(path=path, seconds=LOCK_TIMEOUT) from error
+        try:
+            self._sign()
+        except BaseException:
+            self.release()
+            raise
+
+    def _sign(self) -> None:
+        fd = system.overwrite(self.path)
+        try:
+            _write_all(fd, memoryview(orjson.dumps({**_this_machine(), "pid": self._owner})))
+        finally:
+            os.close(fd)
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
@@ -347,7 +369,7 @@ class Lease:
 
 
 def lease_state(path: Path) -> LeaseState:
-    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot."""
+    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot, or out of reach."""
     try:
         content = orjson.loads(read_bytes(path, limit=4096))
     except FileNotFoundError:
@@ -359,9 +381,17 @@ def lease_state(path: Path) -> LeaseState:
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=0)
-    except (Timeout, OSError):
+    except Timeout:
         return "live"
-    lock.release()
+    except OSError:
+        return "unknown"
+    try:
+        # The owner removed it since it was read, and taking the lock made an empty one in its place.
+        with suppress(FileNotFoundError):
+            if path.stat().st_size == 0:
+                system.unlink(path)
+    finally:
+        lock.release()
     return "dead"
 
 
