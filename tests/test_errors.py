@@ -23,6 +23,7 @@ SAMPLES = {
     "CacheDirNotWritable": {"path": PATH, "reason": "permission denied"},
     "LockTimeout": {"path": PATH, "seconds": 10.0},
     "IndexDamaged": {"path": PATH, "reason": "it ends early"},
+    "IndexUnreadable": {"path": PATH, "reason": "permission denied"},
     "IndexTooNew": {"path": PATH, "found": 3, "known": 2},
     "CheckpointNotFound": {"id": ID, "path": PATH},
     "CheckpointMissing": {"id": ID, "path": PATH, "reason": "removed"},
