@@ -485,12 +485,9 @@ def test_an_index_that_cannot_be_read_is_never_written_over(tmp_path, text, erro
 
 
 def expect(error: type[CkptCacheError], act) -> None:
-    try:
+    with pytest.raises(error) as caught:
         act()
-    except error as caught:
-        assert len(str(caught)) > 20
-    else:
-        raise AssertionError(f"{error.__name__} was not raised")
+    assert len(str(caught.value)) > 20
 
 
 def test_an_unwritable_folder_is_looked_at_and_refused_for_writing(tmp_path, requires):

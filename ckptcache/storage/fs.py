@@ -404,7 +404,8 @@ class Lease:
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
-        if os.getpid() != self._owner or not self._lock.is_locked:
+        # Not only while it is locked: at the interpreter's exit filelock may have let go of all its locks before.
+        if os.getpid() != self._owner:
             return
         with suppress(OSError):
             system.unlink(self.path)
