@@ -202,3 +202,9 @@ class TokenOutOfRange(CkptCacheError):
     """{path} holds token {token}, and the vocabulary ends at {last}: raise vocab_size to at least {needed}."""
 
     exit_code = 2
+
+
+class NotCacheable(CkptCacheError):
+    """The prepared data {key} is {kind}, which cannot be kept and come back the same: {remedy}."""
+
+    exit_code = 2
