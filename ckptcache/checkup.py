@@ -1,6 +1,6 @@
 """Looking after a cache: what it holds, what is wrong with it, and what other weights would change."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,7 +107,9 @@ def _places(catalog: Catalog) -> dict[str, int]:
 # --- the doctor ----------------------------------------------------------------------------------
 
 
-def examine(ledger: Ledger, *, repair: bool, verify: bool) -> list[Finding]:
+def examine(
+    ledger: Ledger, *, repair: bool, verify: bool, progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
     """Everything that is wrong or untidy; with `repair`, mended where it can be, and said so."""
     try:
         opened = open_index(ledger.file, ledger.layout)
@@ -115,7 +117,7 @@ def examine(ledger: Ledger, *, repair: bool, verify: bool) -> list[Finding]:
         return _hopeless_index(ledger, error, repair)
     observed = observe(opened.index, ledger.layout)
     if verify:
-        _verify_contents(ledger, opened.index, observed)
+        _verify_contents(ledger, opened.index, observed, progress)
     findings: list[Finding] = []
     if opened.broken is not None:
         findings.append(Finding("index", str(ledger.file.path), str(opened.broken), True, repair))
@@ -154,16 +156,22 @@ def _of_files(ledger: Ledger, index: Index, observed: Observed, repair: bool) ->
             yield Finding("name", name, f"it points to {pointer.checkpoint}, whose file isn't there", False)
 
 
-def _verify_contents(ledger: Ledger, index: Index, observed: Observed) -> None:
+def _verify_contents(
+    ledger: Ledger, index: Index, observed: Observed, progress: Callable[[int, int], None] | None
+) -> None:
     from ckptcache.storage import ptfile
 
-    for id in sorted(observed.available):
+    sizes, done = dict(observed.available), 0
+    for id in sorted(sizes):
         record = index.checkpoints[id]
         try:
             ptfile.verify(ledger.layout.locate(id), size=record.size, digest=record.digest)
         except (CkptCacheError, OSError) as error:
             observed.damaged[id] = error.fields["reason"] if isinstance(error, CkptCacheError) else fs.reason_of(error)
             del observed.available[id]
+        done += sizes[id]
+        if progress is not None:
+            progress(done, sum(sizes.values()))
 
 
 def _repair(ledger: Ledger, observed: Observed) -> None:
