@@ -91,21 +91,34 @@ def run_quietly(
     Raises:
         Problem: it exited with anything but 0; `failure` is the sentence.
     """
-    output = sys.stderr if verbose else subprocess.PIPE
-    done = subprocess.run(
+    child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=output,
+        stdout=sys.stderr if verbose else subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
         env=environment,
-        check=False,
+        start_new_session=True,
         text=True,
         errors="replace",
     )
-    if done.returncode:
-        sys.stderr.writelines(f"  {line}\n" for line in (done.stdout or "").splitlines()[-TAIL_LINES:])
+    try:
+        output, _ = child.communicate()
+    except BaseException:
+        _end(child)
+        raise
+    if child.returncode:
+        sys.stderr.writelines(f"  {line}\n" for line in (output or "").splitlines()[-TAIL_LINES:])
         raise Problem(failure)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    # What pip or apt-get have started is in their session, and goes with them.
+    if os.name == "posix":
+        os.killpg(child.pid, signal.SIGTERM)
+    else:
+        child.terminate()
+    child.wait()
 
 
 def become(python: Interpreter, arguments: Sequence[str], folder: Path | None = None) -> NoReturn:
