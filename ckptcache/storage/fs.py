@@ -13,7 +13,6 @@ import shutil
 import socket
 import stat
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,6 +37,10 @@ class System:
     def create(self, path: Path) -> int:
         """Open a new file for writing; never an existing one, and never through a link."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o666)
+
+    def overwrite(self, path: Path) -> int:
+        """Open an existing file to write it anew; only for lock files, which nobody relies on to be whole."""
+        return os.open(path, os.O_WRONLY | os.O_TRUNC | _NO_FOLLOW | _BINARY)
 
     def write(self, fd: int, data: memoryview) -> int:
         """Write some of `data`; returns how many bytes."""
@@ -92,12 +95,12 @@ def ensure_folder(path: Path) -> Path:
         CacheDirIsFile: something that isn't a folder stands at `path` or above it.
         CacheDirNotWritable: the system refuses.
     """
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_symlink():
-        raise CacheDirIsFile(path=path)
-    ensure_folder(path.parent)
     try:
+        if path.is_dir():
+            return path
+        if path.exists() or path.is_symlink():
+            raise CacheDirIsFile(path=path)
+        ensure_folder(path.parent)
         with suppress(FileExistsError):
             system.mkdir(path)
         system.fsync_folder(path.parent)
@@ -126,14 +129,18 @@ def scan(folder: Path) -> dict[str, Entry]:
     """The regular files directly in `folder`, by name; links are left out, a missing folder is empty."""
     try:
         with os.scandir(folder) as entries:
-            return {e.name: _entry(e) for e in entries if e.is_file(follow_symlinks=False)}
+            return {found.name: found for e in entries if (found := _entry(e)) is not None}
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry:
-    status = entry.stat(follow_symlinks=False)
-    return Entry(entry.name, status.st_size, status.st_mtime_ns)
+def _entry(entry: "os.DirEntry[str]") -> Entry | None:
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        # Removed since the folder was listed; the others are still there.
+        return None
+    return Entry(entry.name, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -185,11 +192,10 @@ class TempFile:
 
     def write(self, data: Any) -> int:
         """Write all of `data`, which is anything with a buffer; returns its length in bytes."""
-        view = memoryview(data).cast("B")
-        rest = view
-        while len(rest):
-            rest = rest[system.write(self._open(), rest) :]
-        return len(view)
+        view = memoryview(data)
+        if view.nbytes:  # a view with a zero in its shape can't be cast
+            _write_all(self._open(), view.cast("B"))
+        return view.nbytes
 
     def flush(self) -> None:
         """Nothing is buffered here; writers of archives call it."""
@@ -221,6 +227,11 @@ class TempFile:
         return self._fd
 
 
+def _write_all(fd: int, data: memoryview) -> None:
+    while len(data):
+        data = data[system.write(fd, data) :]
+
+
 def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
     """Write a small file so that readers, and a power cut, see the old one or the new, whole and durable."""
     temp = TempFile(path, writer)
@@ -245,7 +256,12 @@ def keep_generation(path: Path, kept: Path, *, writer: str) -> None:
         # File systems without hard links (FAT, some network ones) get a copy.
         write_atomically(kept, path.read_bytes(), writer=writer)
         return
-    system.replace(temp, kept)
+    try:
+        system.replace(temp, kept)
+    finally:
+        # Renaming one name of a file over another of the same file does nothing and leaves both.
+        with suppress(FileNotFoundError):
+            system.unlink(temp)
 
 
 def sync_folder(path: Path) -> None:
@@ -283,26 +299,33 @@ def reason_of(error: OSError) -> str:
 
 # --- locks ---------------------------------------------------------------------------------------
 
-_in_process = threading.RLock()
-
 
 @contextmanager
-def locked(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+def locked(path: Path, *, timeout: float = LOCK_TIMEOUT, poll: float = 0.002) -> Iterator[None]:
     """Hold the cross-process lock file `path`, which is created at need and never removed.
 
+    Threads of one process exclude each other too, since each call opens the file anew. A lock of
+    their own beside it was rejected: it would make a short wait for one file as long as the longest
+    for any other, and a child forked while another thread holds it would wait for ever.
+
+    Args:
+        path: the lock file; its folder must exist.
+        timeout: seconds to wait; infinity waits for as long as it takes.
+        poll: seconds between two attempts.
+
     Raises:
-        LockTimeout: another process kept it for `timeout` seconds.
+        LockTimeout: another process or thread kept it for `timeout` seconds.
+        OSError: the file can't be created or opened.
     """
-    lock = FileLock(path, poll_interval=0.002)
-    with _in_process:
-        try:
-            lock.acquire(timeout=timeout)
-        except Timeout as error:
-            raise LockTimeout(path=path, seconds=timeout) from error
-        try:
-            yield
-        finally:
-            lock.release()
+    lock = FileLock(path, poll_interval=poll)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise LockTimeout(path=path, seconds=timeout) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 LeaseState = Literal["live", "dead", "unknown"]
@@ -319,8 +342,22 @@ class Lease:
         self._owner = os.getpid()
         self._lock = FileLock(path, thread_local=False)
         # Whoever looks whether it is held takes it for an instant, hence not timeout=0.
-        self._lock.acquire(timeout=LOCK_TIMEOUT)
-        path.write_bytes(orjson.dumps({**_this_machine(), "pid": self._owner}))
+        try:
+            self._lock.acquire(timeout=LOCK_TIMEOUT)
+        except Timeout as error:
+            raise LockTimeout(path=path, seconds=LOCK_TIMEOUT) from error
+        try:
+            self._sign()
+        except BaseException:
+            self.release()
+            raise
+
+    def _sign(self) -> None:
+        fd = system.overwrite(self.path)
+        try:
+            _write_all(fd, memoryview(orjson.dumps({**_this_machine(), "pid": self._owner})))
+        finally:
+            os.close(fd)
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
@@ -332,7 +369,7 @@ class Lease:
 
 
 def lease_state(path: Path) -> LeaseState:
-    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot."""
+    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot, or out of reach."""
     try:
         content = orjson.loads(read_bytes(path, limit=4096))
     except FileNotFoundError:
@@ -344,9 +381,17 @@ def lease_state(path: Path) -> LeaseState:
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=0)
-    except (Timeout, OSError):
+    except Timeout:
         return "live"
-    lock.release()
+    except OSError:
+        return "unknown"
+    try:
+        # The owner removed it since it was read, and taking the lock made an empty one in its place.
+        with suppress(FileNotFoundError):
+            if path.stat().st_size == 0:
+                system.unlink(path)
+    finally:
+        lock.release()
     return "dead"
 
 
