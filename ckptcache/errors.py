@@ -109,6 +109,10 @@ class IndexDamaged(CkptCacheError):
     exit_code = 4
 
 
+class IndexUnreadable(CkptCacheError):
+    """The system refuses to read the index {path} ({reason}): correct that, and try again; nothing was changed."""
+
+
 class IndexTooNew(CkptCacheError):
     """The index {path} has schema version {found}, and this ckptcache knows {known}: install a newer
     ckptcache."""

@@ -22,7 +22,7 @@ from ckptcache.startup import Startup, start
 from ckptcache.state.capture import capture
 from ckptcache.state.restore import RNG, apply
 from ckptcache.state.rng import capture_rng
-from ckptcache.stepping import StepCounter
+from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
 from ckptcache.storage.ptfile import HEADER
 

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -48,11 +48,12 @@ def export(
 def _write(
     temp: fs.TempFile, state: Mapping[str, Any], record: CheckpointMetadata, ending: str, everything: bool
 ) -> None:
-    import torch
     from safetensors.torch import save
 
+    from ckptcache.storage import ptfile
+
     if ending == ".pt":
-        torch.save(dict(state), cast(IO[bytes], temp))
+        ptfile.write_plain(temp, state)
         return
     tensors = _flat_tensors(state)
     described = orjson.dumps(record.to_json()).decode()

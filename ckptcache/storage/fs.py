@@ -125,22 +125,33 @@ class Entry:
     mtime_ns: int
 
 
-def scan(folder: Path) -> dict[str, Entry]:
+def scan(folder: Path, *, ending: str = "") -> dict[str, Entry]:
     """The regular files directly in `folder`, by name; links are left out, a missing folder is empty."""
+    found = {}
+    for item in _items(folder):
+        # One that vanishes while we look must not hide the others: writers rename and evict all the time.
+        if item.name.endswith(ending):
+            with suppress(FileNotFoundError):
+                found[item.name] = _entry(item)
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    """The names of the regular files directly in `folder`: `scan` without asking the system about each."""
+    return [item.name for item in _items(folder)]
+
+
+def _items(folder: Path) -> "list[os.DirEntry[str]]":
     try:
-        with os.scandir(folder) as entries:
-            return {found.name: found for e in entries if (found := _entry(e)) is not None}
+        with os.scandir(folder) as items:
+            return [item for item in items if item.is_file(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return []
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry | None:
-    try:
-        status = entry.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        # Removed since the folder was listed; the others are still there.
-        return None
-    return Entry(entry.name, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+def _entry(item: "os.DirEntry[str]") -> Entry:
+    status = item.stat(follow_symlinks=False)
+    return Entry(item.name, status.st_size, status.st_mtime_ns)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -275,6 +286,38 @@ def move(source: Path, target: Path) -> None:
     sync_folder(target.parent)
     if source.parent != target.parent:
         sync_folder(source.parent)
+
+
+def move_aside(source: Path, folder: Path) -> Path:
+    """Rename into `folder` under a name that is free there, durably; returns the new path.
+
+    A link is taken before the old name goes, since a rename would replace what another process put there meanwhile.
+    """
+    number = 0
+    while True:
+        target = folder / (f"{source.stem}.{number}{source.suffix}" if number else source.name)
+        try:
+            if not os.path.lexists(target):
+                _rename_new(source, target)
+                break
+        except FileExistsError:
+            pass
+        number += 1
+    sync_folder(folder)
+    sync_folder(source.parent)
+    return target
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    try:
+        system.link(source, target)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:
+        # Folders, and file systems without hard links.
+        system.replace(source, target)
+    else:
+        system.unlink(source)
 
 
 def remove(path: Path, *, root: Path) -> bool:
