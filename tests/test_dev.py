@@ -187,6 +187,7 @@ def test_a_stamp_cut_short_counts_as_an_install_cut_short(monkeypatch, tmp_path,
 
 def test_a_venv_without_pip_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(dev, "STAMP", tmp_path / ".venv" / "stamp")
     assert dev._look() == dev.Found(False, False, None, {})
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
     assert dev._look() == dev.Found(True, True, None, {})
