@@ -200,7 +200,7 @@ def prepare(verbose: bool) -> Interpreter:
     return Interpreter(str(_venv_python()), {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV)})
 
 
-_OTHER_WAY = "make room for it, or set CKPTCACHE_PYTHON to an interpreter that has the packages"
+_OTHER_WAY = "use a folder that you may write to, with room for it, or set CKPTCACHE_PYTHON to an interpreter that has the packages"
 
 
 def _mend(wanted: Mapping[str, Any], verbose: bool) -> None:
@@ -463,8 +463,9 @@ def pytest_arguments(rest: list[str], everything: bool, cores: int) -> list[str]
     """How Python is to run pytest: what is in `rest` comes last, and so wins."""
     marks = [] if everything else ["-m", "not campaign"]
     alone = cores < 2 or not {"-s", "--capture=no", "--pdb", "--trace"}.isdisjoint(rest)
-    # loadgroup: tests that cannot run beside each other are kept on one worker by a common group.
-    spread = [] if alone else ["-n", str(min(cores, MOST_WORKERS)), "--dist", "loadgroup"]
+    # worksteal keeps neighbours on one worker, so that what they share is made once, until another runs dry.
+    # loadgroup was rejected: pytest-xdist 3.8 ignores the groups under pytest 9.2, silently.
+    spread = [] if alone else ["-n", str(min(cores, MOST_WORKERS)), "--dist", "worksteal"]
     return ["-m", "pytest", *marks, *spread, *rest]
 
 
