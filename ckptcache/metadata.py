@@ -12,10 +12,10 @@ import operator
 import os
 import re
 import secrets
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import orjson
 from blake3 import blake3
@@ -377,7 +377,7 @@ def _id_text(value: Any, key: str) -> str:
 
 
 def _ids(value: Any, key: str) -> tuple[str, ...]:
-    return tuple(_id_text(v, key) for v in _texts(value, key))
+    return tuple([_id_text(v, key) for v in _texts(value, key)])
 
 
 def _count(value: Any, key: str) -> int:
@@ -469,7 +469,7 @@ _AS_IT_STANDS = {_text: str, decode_float: float, _count: int}
 
 
 @functools.cache
-def _plain_types(cls: Hashable) -> Mapping[str, type | None]:
+def _plain_types(cls: type[Any]) -> Mapping[str, type | None]:
     readers = _SESSION_READERS if cls is SessionRecord else _CHECKPOINT_READERS
     return {name: _AS_IT_STANDS.get(reader) for name, reader in readers.items()}
 
@@ -477,7 +477,8 @@ def _plain_types(cls: Hashable) -> Mapping[str, type | None]:
 def _from_json(cls: Any, data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("id") is None:
         raise ValueError(f"a {cls.__name__} must be a mapping with an id")
-    plain, fields, unknown = _plain_types(cls), {}, {}
+    kind: Any = cls
+    plain, fields, unknown = _plain_types(kind), {}, {}
     for key, value in data.items():
         if key not in plain:
             unknown[key] = value
@@ -520,9 +521,9 @@ _EMPTY: tuple[Any, ...] = (None, "", (), {})
 
 
 @functools.cache
-def _field_names(cls: Hashable) -> tuple[tuple[tuple[str, bool], ...], Callable[[Any], tuple[Any, ...]]]:
+def _field_names(cls: type[Any]) -> tuple[tuple[tuple[str, bool], ...], Callable[[Any], tuple[Any, ...]]]:
     """The fields in their order, whether an empty one can be left out, and what gets all their values."""
-    fields = [f for f in dataclasses.fields(cast("type[Any]", cls)) if f.name != "unknown"]
+    fields = [f for f in dataclasses.fields(cls) if f.name != "unknown"]
     droppable = [f.default is dataclasses.MISSING or f.default is False or f.default in _EMPTY for f in fields]
     names = [f.name for f in fields]
     return tuple(zip(names, droppable, strict=True)), operator.attrgetter(*names)

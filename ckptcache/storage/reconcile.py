@@ -44,6 +44,8 @@ class Observed:
     """Files without record or sidecar; the record inside them can still be read."""
     leftovers: dict[Path, str] = field(default_factory=dict)
     """What a crash or an eviction left behind, with what it is."""
+    condemned: dict[Path, str] = field(default_factory=dict)
+    """Files that a crash kept from quarantine after it was decided, with the reason."""
 
 
 # --- opening -------------------------------------------------------------------------------------
@@ -138,8 +140,10 @@ def observe(index: Index, layout: Layout) -> Observed:
     for id, record in index.checkpoints.items():
         entry = files.get(id)
         if record.decision is not None:
-            if entry is not None:
-                seen.leftovers[layout.locate(id)] = f"the file of a checkpoint that was {record.decision}"
+            if entry is not None and record.decision == "evicted":
+                seen.leftovers[layout.locate(id)] = "the file of a checkpoint that was evicted"
+            elif entry is not None:
+                seen.condemned[layout.locate(id)] = record.decision_reason or record.decision
         elif entry is None:
             seen.missing[id] = "its file is gone"
         elif record.size is not None and entry.size != record.size:
@@ -187,7 +191,7 @@ def leases(layout: Layout) -> dict[str, fs.LeaseState]:
 
 
 def tidy(seen: Observed, file: IndexFile, layout: Layout) -> list[Path]:
-    """Remove what crashes and evictions left behind; returns what went.
+    """Remove what crashes and evictions left behind, end quarantines that were cut short; returns what was removed.
 
     The index's lock must be held, since before `seen` was observed. What cannot be removed stays for the next time.
     """
@@ -199,6 +203,9 @@ def tidy(seen: Observed, file: IndexFile, layout: Layout) -> list[Path]:
         if name.startswith(file.path.name) and name.endswith(fs.TEMP_SUFFIX)
     ]
     removed = [path for path in (*seen.leftovers, *stale) if _removed(path, layout)]
+    for path, reason in seen.condemned.items():
+        with suppress(OSError, CkptCacheError):
+            quarantine(path, layout, reason=reason)
     for path in dead:
         _removed(path, layout)
     return removed
