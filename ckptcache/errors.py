@@ -220,3 +220,9 @@ class InvalidTokenFile(CkptCacheError):
     """{path} cannot be read as tokens: {reason}. Prepare the data again, or correct the file."""
 
     exit_code = 2
+
+
+class NotCacheable(CkptCacheError):
+    """The prepared data {key} is {kind}, which cannot be kept and come back the same: {remedy}."""
+
+    exit_code = 2
