@@ -186,6 +186,20 @@ def as_float(value: Any, name: str) -> float:
         raise InvalidValue(name=name, value=value, reason="it is not a number") from error
 
 
+def text(value: Any, name: str) -> str:
+    """`value`, or InvalidValue when it isn't text."""
+    if not isinstance(value, str):
+        raise InvalidValue(name=name, value=value, reason="it must be text")
+    return str(value)
+
+
+def texts(values: Any, name: str) -> tuple[str, ...]:
+    """`values` as a tuple of texts, or InvalidValue; a text alone is refused, for it would count letter by letter."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InvalidValue(name=name, value=values, reason="it must be a list of texts")
+    return tuple(text(value, f"{name}[{position}]") for position, value in enumerate(values))
+
+
 # --- records -------------------------------------------------------------------------------------
 
 
