@@ -32,6 +32,7 @@ SAMPLES = {
     "UnsafeCheckpoint": {"path": PATH, "reason": "it calls os.system"},
     "Incompatible": {"id": ID, "reason": "does not fit: n_head: saved 4, needed 8"},
     "InvalidTokenFile": {"path": PATH, "reason": "it has an odd length"},
+    "NotCacheable": {"key": "tokens", "kind": "an object array", "remedy": "save it as numbers"},
     "NotSavable": {"key": "extra.when", "kind": "a datetime", "remedy": "save its text"},
     "NotRestorable": {"key": "optimizer", "id": ID, "reason": "3 groups, not 2"},
     "SaveFailed": {"id": ID, "path": PATH, "reason": "I/O error"},
