@@ -21,7 +21,8 @@ from ckptcache.errors import (
     ConfigError,
 )
 from ckptcache.ledger import Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name, jsonable
+from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name, jsonable, texts
+from ckptcache.metadata import text as as_text
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage import fs
@@ -159,12 +160,14 @@ class TrainingCache:
             "learning_rate": learning_rate,
         }
         configs = {"model_config": model_config, "training_config": training_config, "data_config": data_config}
-        described = {"tags": tuple(tags), "notes": notes, "extra": jsonable(dict(extra or {}), "extra")}
-        described |= {"save_reason": save_reason, "parents": tuple(parents)}
+        described = {"tags": tags, "notes": notes, "extra": jsonable(dict(extra or {}), "extra")}
+        described |= {"save_reason": save_reason, "parents": parents}
         saver, self.last_evicted = self._background(), {}
         draft = saver.draft(state, measured, configs, described, session)
-        if if_improved and not self._improves(draft):
-            return None
+        if if_improved:
+            saver.wait()
+            if not self._improves(draft):
+                return None
         return saver.write(draft) if blocking else saver.write_later(draft)
 
     def wait_until_finished(self) -> None:
@@ -295,17 +298,21 @@ class TrainingCache:
         """
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
-        notes = list(choice.notes)
-        for record in choice.records:
-            try:
-                restored = self._restore_from(record, objects, rng)
-            except CkptCacheError as error:
-                if choice.is_named:
-                    raise
-                log.warning("%s is passed over: %s", record.id, error)
-                notes.append(f"{record.id} is passed over: {error}")
-            else:
-                return dataclasses.replace(restored, notes=tuple(notes))
+        notes, tried = list(choice.notes), set[str]()
+        while untried := [record for record in choice.records if record.id not in tried]:
+            for record in untried:
+                tried.add(record.id)
+                try:
+                    restored = self._restore_from(record, objects, rng)
+                except CkptCacheError as error:
+                    if choice.is_named:
+                        raise
+                    log.warning("%s is passed over: %s", record.id, error)
+                    notes.append(f"{record.id} is passed over: {error}")
+                else:
+                    return dataclasses.replace(restored, notes=tuple(notes))
+            # Those that failed may have been evicted meanwhile, in favour of others.
+            choice = self.choose(needed, resume)
         return None
 
     def choose(self, needed: Description, policy: str) -> resume.Choice:
@@ -386,13 +393,15 @@ class TrainingCache:
 
     def tag(self, wanted: str, *tags: str, remove: bool = False) -> CheckpointMetadata:
         """Add tags to a checkpoint, or remove them."""
+        tags = texts(tags, "tags")
         if remove:
             return self._mark(wanted, lambda r: {"tags": tuple(t for t in r.tags if t not in tags)})
         return self._mark(wanted, lambda r: {"tags": tuple(dict.fromkeys((*r.tags, *tags)))})
 
     def note(self, wanted: str, text: str) -> CheckpointMetadata:
         """Set a checkpoint's notes."""
-        return self._mark(wanted, lambda record: {"notes": text})
+        notes = as_text(text, "notes")
+        return self._mark(wanted, lambda record: {"notes": notes})
 
     def name(self, wanted: str, name: str) -> CheckpointMetadata:
         """Let `name` point to a checkpoint, which protects it; the name moves if it pointed elsewhere.
@@ -400,6 +409,7 @@ class TrainingCache:
         Raises InvalidName, CheckpointNotFound or AmbiguousId.
         """
         check_name(name)
+        self.get(wanted)
         with self.ledger.change() as change:
             catalog = change.catalog()
             record = resume.find(catalog, wanted)
@@ -415,6 +425,8 @@ class TrainingCache:
 
         Raises CheckpointNotFound where there is no such name.
         """
+        if name not in self.names():
+            raise CheckpointNotFound(id=name, path=self.cache_dir)
         with self.ledger.change() as change:
             if name not in change.index.names:
                 raise CheckpointNotFound(id=name, path=self.cache_dir)
@@ -422,6 +434,7 @@ class TrainingCache:
             return change.index.names.pop(name).checkpoint
 
     def _mark(self, wanted: str, fields: Callable[[CheckpointMetadata], dict[str, Any]]) -> CheckpointMetadata:
+        self.get(wanted)  # refused before a folder or a lock is made for it
         with self.ledger.change() as change:
             record = resume.find(change.catalog(), wanted)
             change.put(record.changed(**fields(record)))

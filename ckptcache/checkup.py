@@ -82,7 +82,7 @@ def stats(catalog: Catalog, data: DataCache) -> Stats:
         max_checkpoints=catalog.config.max_checkpoints,
         max_cache_bytes=catalog.config.max_cache_bytes,
         data_entries=len(prepared),
-        data_bytes=sum(entry.size for entry in prepared),
+        data_bytes=sum(entry.bytes for entry in prepared),
     )
 
 

@@ -115,6 +115,10 @@ class IndexDamaged(CkptCacheError):
     exit_code = 4
 
 
+class IndexUnreadable(CkptCacheError):
+    """The system refuses to read the index {path} ({reason}): correct that, and try again; nothing was changed."""
+
+
 class IndexTooNew(CkptCacheError):
     """The index {path} has schema version {found}, and this ckptcache knows {known}: install a newer
     ckptcache."""
@@ -220,5 +224,11 @@ class TokenOutOfRange(CkptCacheError):
 
 class InvalidTokenFile(CkptCacheError):
     """{path} cannot be read as tokens: {reason}. Prepare the data again, or correct the file."""
+
+    exit_code = 2
+
+
+class NotCacheable(CkptCacheError):
+    """The prepared data {key} is {kind}, which cannot be kept and come back the same: {remedy}."""
 
     exit_code = 2

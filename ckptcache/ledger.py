@@ -145,9 +145,12 @@ class Ledger:
             record = change.index.checkpoints[id]
             change.put(record.changed(decision="evicted", decision_reason=reason))
             change.observed.available.pop(id, None)
+        # Until the files are gone, they are leftovers for the next change to remove.
+        self._is_tidy = False
         change.commit()
         for id in decided:
             remove_checkpoint(self.layout, id)
+        self._is_tidy = True
 
     def quarantine(self, id: str, reason: str) -> None:
         """Put a checkpoint that failed verification where nothing resumes from it."""

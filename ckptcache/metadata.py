@@ -8,10 +8,11 @@ import argparse
 import dataclasses
 import functools
 import math
+import operator
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
@@ -25,6 +26,8 @@ SCHEMA_VERSION = 2
 """Version 1 is the oldest layout: a flat mapping of id to record."""
 MAX_CURVE_POINTS = 200
 MAX_JSON_DEPTH = 64
+MAX_COUNT = 2**53
+"""Whole numbers up to here are the same in every reader of JSON."""
 
 SaveReason = Literal["improved", "interval", "final", "signal", "manual", "growth"]
 Decision = Literal["evicted", "quarantined"]
@@ -183,6 +186,20 @@ def as_float(value: Any, name: str) -> float:
         raise InvalidValue(name=name, value=value, reason="it is not a number") from error
 
 
+def text(value: Any, name: str) -> str:
+    """`value`, or InvalidValue when it isn't text."""
+    if not isinstance(value, str):
+        raise InvalidValue(name=name, value=value, reason="it must be text")
+    return str(value)
+
+
+def texts(values: Any, name: str) -> tuple[str, ...]:
+    """`values` as a tuple of texts, or InvalidValue; a text alone is refused, for it would count letter by letter."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InvalidValue(name=name, value=values, reason="it must be a list of texts")
+    return tuple(text(value, f"{name}[{position}]") for position, value in enumerate(values))
+
+
 # --- records -------------------------------------------------------------------------------------
 
 
@@ -254,7 +271,7 @@ class CheckpointMetadata:
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
-        return dataclasses.replace(self, revision=self.revision + 1, **fields)
+        return dataclasses.replace(self, revision=min(self.revision + 1, MAX_COUNT), **fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,7 +322,7 @@ class SessionRecord:
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
-        return dataclasses.replace(self, revision=self.revision + 1, **fields)
+        return dataclasses.replace(self, revision=min(self.revision + 1, MAX_COUNT), **fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -374,12 +391,12 @@ def _id_text(value: Any, key: str) -> str:
 
 
 def _ids(value: Any, key: str) -> tuple[str, ...]:
-    return tuple(_id_text(v, key) for v in _texts(value, key))
+    return tuple([_id_text(v, key) for v in _texts(value, key)])
 
 
 def _count(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key} must be a whole number of at least 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{key} must be a whole number of at least 0 and at most 2**53, not {value!r}")
     return value
 
 
@@ -389,8 +406,11 @@ def _flag(value: Any, key: str) -> bool:
     return value
 
 
+_ONLY_TEXT = frozenset({str})
+
+
 def _texts(value: Any, key: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, list) or not _ONLY_TEXT.issuperset(map(type, value)):
         raise ValueError(f"{key} must be a list of texts, not {value!r}")
     return tuple(value)
 
@@ -398,25 +418,38 @@ def _texts(value: Any, key: str) -> tuple[str, ...]:
 def _floats(value: Any, key: str) -> tuple[float, ...]:
     if not isinstance(value, list):
         raise ValueError(f"{key} must be a list of numbers, not {value!r}")
-    return tuple(decode_float(v, key) for v in value)
+    return tuple([v if type(v) is float else decode_float(v, key) for v in value])
 
 
 def _mapping(value: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{key} must be a mapping, not {value!r}")
+    check_depth(value, key)
     return value
 
 
+def check_depth(value: Any, key: str, depth: int = 0) -> None:
+    """ValueError when parsed JSON is nested deeper than what `jsonable` makes: it could not be written again."""
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"{key} is nested more than {MAX_JSON_DEPTH} deep")
+    for item in value.values() if type(value) is dict else value if type(value) is list else ():
+        if type(item) is dict or type(item) is list:
+            check_depth(item, key, depth + 1)
+
+
 def _metrics(value: Any, key: str) -> Mapping[str, float]:
-    return {k: decode_float(v, f"{key}.{k}") for k, v in _mapping(value, key).items()}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a mapping, not {value!r}")
+    return {k: v if type(v) is float else decode_float(v, f"{key}.{k}") for k, v in value.items()}
 
 
 def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]:
     curves = {}
     for name, points in _mapping(value, key).items():
-        if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 for p in points):
-            raise ValueError(f"{key}.{name} must be a list of pairs")
-        curves[name] = tuple((_count(i, f"{key}.{name}"), decode_float(v, f"{key}.{name}")) for i, v in points)
+        label = f"{key}.{name}"
+        if not isinstance(points, list) or [p for p in points if type(p) is not list or len(p) != 2]:
+            raise ValueError(f"{label} must be a list of pairs")
+        curves[name] = tuple([(_count(i, label), v if type(v) is float else decode_float(v, label)) for i, v in points])
     return curves
 
 
@@ -445,43 +478,69 @@ _SESSION_READERS: dict[str, Any] = {
 }
 
 
-def _from_json(cls: type[Any], data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
+_AS_IT_STANDS = {_text: str, decode_float: float, _count: int}
+"""The type of JSON value that a reader returns unchanged: with thousands of records the call itself is what costs."""
+
+
+@functools.cache
+def _plain_types(cls: type[Any]) -> Mapping[str, type | None]:
+    readers = _SESSION_READERS if cls is SessionRecord else _CHECKPOINT_READERS
+    return {name: _AS_IT_STANDS.get(reader) for name, reader in readers.items()}
+
+
+def _from_json(cls: Any, data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("id") is None:
         raise ValueError(f"a {cls.__name__} must be a mapping with an id")
-    fields: dict[str, Any] = {}
-    unknown: dict[str, Any] = {}
+    kind: Any = cls
+    plain, fields, unknown = _plain_types(kind), {}, {}
     for key, value in data.items():
-        reader = readers.get(key)
-        if reader is None:
+        if key not in plain:
             unknown[key] = value
+        elif type(value) is plain[key] and (type(value) is not int or 0 <= value <= MAX_COUNT):
+            fields[key] = value
         elif value is not None:
-            fields[key] = reader(value, key)
-    return {**fields, "unknown": unknown} if unknown else fields
+            fields[key] = readers[key](value, key)
+    if unknown:
+        check_depth(unknown, "a record")
+        fields["unknown"] = unknown
+    return fields
+
+
+_ATOMS = frozenset({str, int, bool, type(None)})
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _ATOMS:
+        return value
     if isinstance(value, float):
         return encode_float(value)
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+    if isinstance(value, tuple | list):
+        return [v if type(v) in _ATOMS else _plain(v) for v in value]
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: v if type(v) in _ATOMS else _plain(v) for k, v in value.items()}
     return value
 
 
 def _to_json(record: Any, full: bool) -> dict[str, Any]:
     kind: Any = type(record)
-    data = {
-        name: _plain(getattr(record, name))
-        for name in _field_names(kind)
-        if full or ((value := getattr(record, name)) is not False and value not in (None, "", (), {}))
-    }
-    return {**record.unknown, **data}
+    fields, values = _field_names(kind)
+    data = dict(record.unknown)
+    for (name, droppable), value in zip(fields, values(record), strict=True):
+        if full or not droppable or (value is not False and value not in _EMPTY):
+            data[name] = value if type(value) in _ATOMS else _plain(value)
+    return data
+
+
+_EMPTY: tuple[Any, ...] = (None, "", (), {})
 
 
 @functools.cache
-def _field_names(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(cls) if f.name != "unknown")
+def _field_names(cls: type[Any]) -> tuple[tuple[tuple[str, bool], ...], Callable[[Any], tuple[Any, ...]]]:
+    """The fields in their order, whether an empty one can be left out, and what gets all their values."""
+    fields = [f for f in dataclasses.fields(cls) if f.name != "unknown"]
+    droppable = [f.default is dataclasses.MISSING or f.default is False or f.default in _EMPTY for f in fields]
+    names = [f.name for f in fields]
+    return tuple(zip(names, droppable, strict=True)), operator.attrgetter(*names)
 
 
 def thin(points: Iterable[tuple[int, float]], limit: int = MAX_CURVE_POINTS) -> tuple[tuple[int, float], ...]:

@@ -22,7 +22,7 @@ from ckptcache.startup import Startup, start
 from ckptcache.state.capture import capture
 from ckptcache.state.restore import RNG, apply
 from ckptcache.state.rng import capture_rng
-from ckptcache.stepping import StepCounter
+from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
 from ckptcache.storage.ptfile import HEADER
 
@@ -122,6 +122,16 @@ class TrainingSession:
         return self._counter.iteration
 
     @property
+    def stop_reason(self) -> str | None:
+        """Why `steps` ended; None while it goes on."""
+        return self._stop_reason
+
+    @property
+    def evaluated_at(self) -> int | None:
+        """The iteration of the last evaluation."""
+        return None if self._evaluated is None else self._evaluated[0]
+
+    @property
     def record(self) -> SessionRecord:
         """The session's record as it stands."""
         return dataclasses.replace(
@@ -148,7 +158,6 @@ class TrainingSession:
         except BaseException:
             self.cache.ledger.release(self.id)
             raise
-        self._signals.install()
         self._state = "open"
         return self
 
@@ -264,6 +273,7 @@ class TrainingSession:
             session_iters: how many at most in this session.
         """
         self._check_open()
+        self._signals.install()
         end = math.inf if max_iters is None else max_iters
         if session_iters is not None:
             end = min(end, self.start_iteration + session_iters)
@@ -302,6 +312,10 @@ class TrainingSession:
         """Note values of this iteration, e.g. ``log(loss=loss)``; a tensor is read later, and never waited for."""
         self._curves.add(self.iteration, values)
 
+    def latest(self, name: str) -> float | None:
+        """The last value that was logged under `name`; None without one."""
+        return self._curves.latest(name)
+
     def checkpoint(
         self,
         val_loss: float | None = None,
@@ -319,13 +333,14 @@ class TrainingSession:
         """
         self._check_open()
         if val_loss is not None or metrics:
-            self._evaluate(val_loss, dict(metrics or {}))
+            self.evaluated(val_loss, metrics)
         if save_reason == "manual" and val_loss is not None:
             return self._try_save("improved", if_improved=True, epoch=epoch, extra=extra)
         return self._try_save(save_reason, epoch=epoch, extra=extra)
 
-    def _evaluate(self, val_loss: float | None, metrics: dict[str, float]) -> None:
-        numbers = {name: float(value) for name, value in metrics.items()}
+    def evaluated(self, val_loss: float | None, metrics: Mapping[str, float] | None = None) -> None:
+        """Note an evaluation at this iteration, without offering a checkpoint."""
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
         self._curves.add(self.iteration, numbers)
         if val_loss is None:
             return
@@ -341,7 +356,7 @@ class TrainingSession:
     # --- saving ----------------------------------------------------------------------------------
 
     def _try_save(self, reason: str, **options: Any) -> CheckpointMetadata | None:
-        if self._saved_at == self.iteration and reason != "manual":
+        if self._saved_at == self.iteration and reason not in ("manual", "growth"):
             return self._last_saved
         try:
             return self._save(reason, **options)

@@ -28,8 +28,8 @@ class SignalWatch:
 
     def install(self) -> bool:
         """Start catching; only the main thread may, elsewhere it returns False."""
-        if threading.current_thread() is not threading.main_thread():
-            return False
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return bool(self._previous)
         for number in (*STOPPING, *SAVING):
             self._previous[number] = signal.signal(number, self._notice)
         return True

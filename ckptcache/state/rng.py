@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,13 @@ def generator_access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Non
 
 def _discard(_: object) -> None:
     """torch's setter returns the generator; the others return nothing."""
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Whatever is drawn inside leaves the global generators as they were before."""
+    state = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(state)

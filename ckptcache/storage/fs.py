@@ -13,7 +13,6 @@ import shutil
 import socket
 import stat
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,6 +37,10 @@ class System:
     def create(self, path: Path) -> int:
         """Open a new file for writing; never an existing one, and never through a link."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o666)
+
+    def overwrite(self, path: Path) -> int:
+        """Open an existing file to write it anew; only for lock files, which nobody relies on to be whole."""
+        return os.open(path, os.O_WRONLY | os.O_TRUNC | _NO_FOLLOW | _BINARY)
 
     def write(self, fd: int, data: memoryview) -> int:
         """Write some of `data`; returns how many bytes."""
@@ -92,12 +95,12 @@ def ensure_folder(path: Path) -> Path:
         CacheDirIsFile: something that isn't a folder stands at `path` or above it.
         CacheDirNotWritable: the system refuses.
     """
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_symlink():
-        raise CacheDirIsFile(path=path)
-    ensure_folder(path.parent)
     try:
+        if path.is_dir():
+            return path
+        if path.exists() or path.is_symlink():
+            raise CacheDirIsFile(path=path)
+        ensure_folder(path.parent)
         with suppress(FileExistsError):
             system.mkdir(path)
         system.fsync_folder(path.parent)
@@ -122,18 +125,33 @@ class Entry:
     mtime_ns: int
 
 
-def scan(folder: Path) -> dict[str, Entry]:
+def scan(folder: Path, *, ending: str = "") -> dict[str, Entry]:
     """The regular files directly in `folder`, by name; links are left out, a missing folder is empty."""
+    found = {}
+    for item in _items(folder):
+        # One that vanishes while we look must not hide the others: writers rename and evict all the time.
+        if item.name.endswith(ending):
+            with suppress(FileNotFoundError):
+                found[item.name] = _entry(item)
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    """The names of the regular files directly in `folder`: `scan` without asking the system about each."""
+    return [item.name for item in _items(folder)]
+
+
+def _items(folder: Path) -> "list[os.DirEntry[str]]":
     try:
-        with os.scandir(folder) as entries:
-            return {e.name: _entry(e) for e in entries if e.is_file(follow_symlinks=False)}
+        with os.scandir(folder) as items:
+            return [item for item in items if item.is_file(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return []
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry:
-    status = entry.stat(follow_symlinks=False)
-    return Entry(entry.name, status.st_size, status.st_mtime_ns)
+def _entry(item: "os.DirEntry[str]") -> Entry:
+    status = item.stat(follow_symlinks=False)
+    return Entry(item.name, status.st_size, status.st_mtime_ns)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -185,11 +203,10 @@ class TempFile:
 
     def write(self, data: Any) -> int:
         """Write all of `data`, which is anything with a buffer; returns its length in bytes."""
-        view = memoryview(data).cast("B")
-        rest = view
-        while len(rest):
-            rest = rest[system.write(self._open(), rest) :]
-        return len(view)
+        view = memoryview(data)
+        if view.nbytes:  # a view with a zero in its shape can't be cast
+            _write_all(self._open(), view.cast("B"))
+        return view.nbytes
 
     def flush(self) -> None:
         """Nothing is buffered here; writers of archives call it."""
@@ -221,17 +238,29 @@ class TempFile:
         return self._fd
 
 
-def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
-    """Write a small file so that readers, and a power cut, see the old one or the new, whole and durable."""
+def _write_all(fd: int, data: memoryview) -> None:
+    while len(data):
+        data = data[system.write(fd, data) :]
+
+
+@contextmanager
+def replacing(path: Path, *, writer: str) -> Iterator[TempFile]:
+    """A temporary file that is durable and at `path` when the block ends, never before; one that fails goes."""
     temp = TempFile(path, writer)
     try:
-        temp.write(data)
+        yield temp
         temp.sync()
         temp.publish()
     except BaseException:
         temp.discard()
         raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
+    """Write a small file so that readers, and a power cut, see the old one or the new, whole and durable."""
+    with replacing(path, writer=writer) as temp:
+        temp.write(data)
 
 
 def keep_generation(path: Path, kept: Path, *, writer: str) -> None:
@@ -245,7 +274,12 @@ def keep_generation(path: Path, kept: Path, *, writer: str) -> None:
         # File systems without hard links (FAT, some network ones) get a copy.
         write_atomically(kept, path.read_bytes(), writer=writer)
         return
-    system.replace(temp, kept)
+    try:
+        system.replace(temp, kept)
+    finally:
+        # Renaming one name of a file over another of the same file does nothing and leaves both.
+        with suppress(FileNotFoundError):
+            system.unlink(temp)
 
 
 def sync_folder(path: Path) -> None:
@@ -259,6 +293,38 @@ def move(source: Path, target: Path) -> None:
     sync_folder(target.parent)
     if source.parent != target.parent:
         sync_folder(source.parent)
+
+
+def move_aside(source: Path, folder: Path) -> Path:
+    """Rename into `folder` under a name that is free there, durably; returns the new path.
+
+    A link is taken before the old name goes, since a rename would replace what another process put there meanwhile.
+    """
+    number = 0
+    while True:
+        target = folder / (f"{source.stem}.{number}{source.suffix}" if number else source.name)
+        try:
+            if not os.path.lexists(target):
+                _rename_new(source, target)
+                break
+        except FileExistsError:
+            pass
+        number += 1
+    sync_folder(folder)
+    sync_folder(source.parent)
+    return target
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    try:
+        system.link(source, target)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:
+        # Folders, and file systems without hard links.
+        system.replace(source, target)
+    else:
+        system.unlink(source)
 
 
 def remove(path: Path, *, root: Path) -> bool:
@@ -283,26 +349,26 @@ def reason_of(error: OSError) -> str:
 
 # --- locks ---------------------------------------------------------------------------------------
 
-_in_process = threading.RLock()
-
 
 @contextmanager
-def locked(path: Path, *, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
-    """Hold the cross-process lock file `path`, which is created at need and never removed.
+def locked(path: Path, *, timeout: float = LOCK_TIMEOUT, poll: float = 0.002) -> Iterator[None]:
+    """Hold the cross-process lock file `path`, which is created at need and never removed; looks every `poll` seconds.
 
     Raises:
-        LockTimeout: another process kept it for `timeout` seconds.
+        LockTimeout: another process or thread kept it for `timeout` seconds, which may be infinite.
+        OSError: the file can't be created or opened.
     """
-    lock = FileLock(path, poll_interval=0.002)
-    with _in_process:
-        try:
-            lock.acquire(timeout=timeout)
-        except Timeout as error:
-            raise LockTimeout(path=path, seconds=timeout) from error
-        try:
-            yield
-        finally:
-            lock.release()
+    # Threads exclude each other by it too, as each opens the file anew. A lock of their own would make
+    # every wait as long as the longest, and a child forked while it is held would wait for ever.
+    lock = FileLock(path, poll_interval=poll)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise LockTimeout(path=path, seconds=timeout) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 LeaseState = Literal["live", "dead", "unknown"]
@@ -319,8 +385,21 @@ class Lease:
         self._owner = os.getpid()
         self._lock = FileLock(path, thread_local=False)
         # Whoever looks whether it is held takes it for an instant, hence not timeout=0.
-        self._lock.acquire(timeout=LOCK_TIMEOUT)
-        path.write_bytes(orjson.dumps({**_this_machine(), "pid": self._owner}))
+        try:
+            self._lock.acquire(timeout=LOCK_TIMEOUT)
+            self._sign()
+        except Timeout as error:
+            raise LockTimeout(path=path, seconds=LOCK_TIMEOUT) from error
+        except BaseException:
+            self.release()
+            raise
+
+    def _sign(self) -> None:
+        fd = system.overwrite(self.path)
+        try:
+            _write_all(fd, memoryview(orjson.dumps({**_this_machine(), "pid": self._owner})))
+        finally:
+            os.close(fd)
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
@@ -332,7 +411,7 @@ class Lease:
 
 
 def lease_state(path: Path) -> LeaseState:
-    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot."""
+    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot, or out of reach."""
     try:
         content = orjson.loads(read_bytes(path, limit=4096))
     except FileNotFoundError:
@@ -344,9 +423,17 @@ def lease_state(path: Path) -> LeaseState:
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=0)
-    except (Timeout, OSError):
+    except Timeout:
         return "live"
-    lock.release()
+    except OSError:
+        return "unknown"
+    try:
+        # The owner removed it since it was read, and taking the lock made an empty one in its place.
+        with suppress(FileNotFoundError):
+            if path.stat().st_size == 0:
+                system.unlink(path)
+    finally:
+        lock.release()
     return "dead"
 
 

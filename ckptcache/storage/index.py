@@ -4,6 +4,7 @@ A checkpoint counts from the moment the index that names it is durable. The inde
 what is on the disk is observed (`reconcile`), so that the file never changes by being looked at.
 """
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +15,16 @@ from typing import Any, TypeVar
 import orjson
 from blake3 import blake3
 
-from ckptcache.errors import IndexDamaged, IndexTooNew, NotACheckpoint
+from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidName, InvalidValue, NotACheckpoint
 from ckptcache.metadata import (
+    MAX_COUNT,
     SCHEMA_VERSION,
     CheckpointMetadata,
     Fingerprint,
     NamePointer,
     SessionRecord,
+    check_depth,
+    check_name,
     content_hash,
     is_valid_id,
     jsonable,
@@ -33,6 +37,8 @@ _JSON = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
 _PARTS = ("checkpoints", "sessions", "names", "configs", "fingerprints")
 
 T = TypeVar("T")
+_ABSENT: Any = object()
+"""Not None, which JSON can hold."""
 
 
 @dataclass(slots=True)
@@ -50,9 +56,10 @@ class Index:
 
     @property
     def sequence(self) -> int:
-        """The greatest sequence seen; the next record gets one more."""
+        """The greatest sequence seen; the next record gets one more, which must be readable too."""
         checkpoints = max((r.sequence for r in self.checkpoints.values()), default=0)
-        return max(checkpoints, max((s.sequence for s in self.sessions.values()), default=0))
+        sessions = max((s.sequence for s in self.sessions.values()), default=0)
+        return min(max(checkpoints, sessions), MAX_COUNT - 1)
 
     def copy(self) -> "Index":
         """An index whose mappings can be changed without changing these."""
@@ -85,32 +92,38 @@ def parse(data: bytes, path: Path) -> Index:
         IndexDamaged: it isn't JSON, holds NaN, or something in it is of the wrong kind.
         IndexTooNew: a later version wrote it.
     """
-    document = _loads(data, path)
     try:
-        if "schema_version" not in document:
-            return upgrade_flat(document)
-        _check_version(document["schema_version"], path)
-        return Index(
-            checkpoints=_records(document, "checkpoints", CheckpointMetadata.from_json),
-            sessions=_records(document, "sessions", SessionRecord.from_json),
-            names=_values(document, "names", NamePointer.from_json),
-            configs=_values(document, "configs", lambda config: config),
-            fingerprints=_values(document, "fingerprints", Fingerprint.from_json),
-            unknown={k: v for k, v in document.items() if k not in (*_PARTS, "schema_version")},
-        )
+        with _without_collection():
+            document = _loads(data)
+            if "schema_version" not in document:
+                return upgrade_flat(document)
+            _check_version(document["schema_version"], path)
+            return _read(document)
     except ValueError as error:
         raise IndexDamaged(path=path, reason=error) from error
 
 
-def _loads(data: bytes, path: Path) -> dict[str, Any]:
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """JSON holds no cycles, and looking for them while a large index is read takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _loads(data: bytes) -> dict[str, Any]:
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         document = _oldest_with_nan(data)
         if document is None:
-            raise IndexDamaged(path=path, reason=f"it isn't JSON ({error})") from error
+            raise ValueError(f"it isn't JSON ({error})") from error
     if not isinstance(document, dict):
-        raise IndexDamaged(path=path, reason="it isn't a mapping")
+        raise ValueError("it isn't a mapping")
     return document
 
 
@@ -118,37 +131,77 @@ def _oldest_with_nan(data: bytes) -> Any:
     """The oldest layout was written by `json.dump`, which writes NaN for a diverged loss; nothing later was."""
     try:
         document = json.loads(data)
-    except (ValueError, RecursionError):
+        if not isinstance(document, dict) or "schema_version" in document:
+            return None
+        # Written once more, so that half a surrogate pair or a number beyond 64 bits gets no further than this.
+        return orjson.loads(json.dumps(jsonable(document), ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError, InvalidValue):
         return None
-    return document if isinstance(document, dict) and "schema_version" not in document else None
 
 
 def _check_version(version: Any, path: Path) -> None:
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+    if isinstance(version, bool) or not isinstance(version, int) or version <= _FLAT_VERSION:
         raise ValueError(f"schema_version {version!r} is not a version")
     if version > SCHEMA_VERSION:
         raise IndexTooNew(path=path, found=version, known=SCHEMA_VERSION)
 
 
-def _values(document: Mapping[str, Any], part: str, read: Callable[[Any], T]) -> dict[str, T]:
-    values = document.get(part, {})
+def _read(document: Mapping[str, Any]) -> Index:
+    # All parts are always written: one that is missing was lost, and with it what it protected.
+    if absent := [part for part in _PARTS if part not in document]:
+        raise ValueError(f"it has no {', '.join(absent)}")
+    unknown = {k: v for k, v in document.items() if k not in (*_PARTS, "schema_version")}
+    check_depth(unknown, "it")
+    return Index(
+        checkpoints=_records(document, "checkpoints", CheckpointMetadata.from_json),
+        sessions=_records(document, "sessions", SessionRecord.from_json),
+        names={_checked_name(name): pointer for name, pointer in _values(document, "names", NamePointer.from_json)},
+        configs=dict(_values(document, "configs", _config)),
+        fingerprints=dict(_values(document, "fingerprints", Fingerprint.from_json)),
+        unknown=unknown,
+    )
+
+
+def _values(document: Mapping[str, Any], part: str, read: Callable[[Any], T]) -> Iterator[tuple[str, T]]:
+    for key, value in _mappings(document, part).items():
+        yield key, read(value)
+
+
+def _mappings(document: Mapping[str, Any], part: str) -> dict[str, Any]:
+    values = document[part]
     if not isinstance(values, dict) or (part != "configs" and not all(isinstance(v, dict) for v in values.values())):
         raise ValueError(f"{part} must be a mapping of mappings")
-    return {key: read(value) for key, value in values.items()}
+    return values
 
 
 def _records(document: Mapping[str, Any], part: str, read: Callable[[Any], T]) -> dict[str, T]:
-    values = document.get(part, {})
-    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
-        raise ValueError(f"{part} must be a mapping of mappings")
-    return {key: read({**value, "id": key}) for key, value in values.items()}
+    def read_one(item: tuple[str, dict[str, Any]]) -> tuple[str, T]:
+        key, value = item
+        value["id"] = key
+        return key, read(value)
+
+    return dict(map(read_one, _mappings(document, part).items()))
+
+
+def _checked_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except InvalidName as error:
+        raise ValueError(str(error)) from error
+
+
+def _config(config: Any) -> Any:
+    check_depth(config, "a configuration")
+    return config
 
 
 # --- the oldest layout ---------------------------------------------------------------------------
 
+_FLAT_VERSION = 1
 _FLAT_RENAMED = {"checkpoint_id": "id", "timestamp": "created_at", "parent_checkpoint": "parents"}
 _FLAT_KEPT = ("epoch", "train_loss", "val_loss", "metrics", "tags", "notes", "created_at", "quality_score")
-_FLAT_DROPPED = frozenset({"file_path", "file_size_mb", "file_size", "path"})
+_FLAT_CONFIGS = ("model_config", "training_config", "data_config")
+_FLAT_DROPPED = frozenset({"file_path", "path"})
 
 
 def upgrade_flat(document: Mapping[str, Any]) -> Index:
@@ -158,15 +211,14 @@ def upgrade_flat(document: Mapping[str, Any]) -> Index:
     Raises ValueError, naming the record, when it isn't that layout.
     """
     index = Index()
-    items = [(key, value) for key, value in document.items() if is_valid_id(key) and isinstance(value, dict)]
-    if len(items) != len(document):
-        odd = next(key for key in document if not (is_valid_id(key) and isinstance(document[key], dict)))
-        raise ValueError(f"it has no schema_version, and {odd!r} is not a record")
-    ordered = sorted(
-        items, key=lambda item: (str(item[1].get("created_at") or item[1].get("timestamp") or ""), item[0])
-    )
-    for sequence, (key, flat) in enumerate(ordered, start=1):
-        index.checkpoints[key] = _upgrade_record(key, sequence, flat, index)
+    for key, value in document.items():
+        if key in _PARTS or not is_valid_id(key) or not isinstance(value, dict):
+            raise ValueError(f"it has no schema_version, and {key!r} is not a record")
+    for sequence, (key, flat) in enumerate(sorted(document.items(), key=_flat_order), start=1):
+        try:
+            index.checkpoints[key] = _upgrade_record(key, sequence, flat, index)
+        except (ValueError, InvalidValue) as error:
+            raise ValueError(f"the record {key!r} cannot be upgraded: {error}") from error
     return index
 
 
@@ -177,9 +229,7 @@ def _flat_order(item: tuple[str, Mapping[str, Any]]) -> tuple[str, str]:
 def _upgrade_record(key: str, sequence: int, flat: Mapping[str, Any], index: Index) -> CheckpointMetadata:
     record = {_FLAT_RENAMED.get(k, k): v for k, v in flat.items()}
     configs = {
-        name: index.store_config(jsonable(record[name], name))
-        for name in ("model_config", "training_config", "data_config")
-        if record.get(name)
+        name: index.store_config(jsonable(record[name], name)) for name in _FLAT_CONFIGS if record.get(name) is not None
     }
     known = {name: record[name] for name in _FLAT_KEPT if record.get(name) is not None}
     handled = {*_FLAT_KEPT, *_FLAT_DROPPED, *configs, "id", "iteration", "learning_rate", "parents"}
@@ -187,23 +237,34 @@ def _upgrade_record(key: str, sequence: int, flat: Mapping[str, Any], index: Ind
     rate, parent = record.get("learning_rate"), record.get("parents")
     return CheckpointMetadata.from_json(
         {
-            **jsonable(known),
+            **known,
             **configs,
             "id": key,
             "sequence": sequence,
-            "iteration": int(record.get("iteration") or 0),
-            "learning_rate": [] if rate is None else jsonable(rate if isinstance(rate, list) else [rate]),
+            "iteration": _whole(record.get("iteration")),
+            "learning_rate": [] if rate is None else rate if isinstance(rate, list) else [rate],
             "parents": [parent] if is_valid_id(parent) else [],
             "extra": extra,
         }
     )
 
 
+def _whole(value: Any) -> Any:
+    """Old writers were not particular about 500, 500.0 and "500"."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 
 def serialise(index: Index) -> bytes:
-    """The index as JSON: sorted and indented, so that git shows what changed; unused configurations dropped."""
+    """The index as JSON: sorted and indented, so that git shows what changed; unused configurations dropped.
+
+    Raises:
+        InvalidValue: something in it has no JSON form; the record is named.
+    """
     used = _references(index)
     document = {
         **index.unknown,
@@ -214,7 +275,21 @@ def serialise(index: Index) -> bytes:
         "configs": {key: value for key, value in index.configs.items() if key in used},
         "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
     }
-    return orjson.dumps(document, option=_JSON)
+    try:
+        return orjson.dumps(document, option=_JSON)
+    except TypeError as error:
+        raise InvalidValue(name="the index", value=_not_json(document), reason=str(error)) from error
+
+
+def _not_json(document: Mapping[str, Any]) -> str:
+    """Which entry of the index has no JSON form."""
+    for part, entries in document.items():
+        for key, entry in entries.items() if isinstance(entries, dict) else ():
+            try:
+                orjson.dumps({key: entry})
+            except TypeError:
+                return f"{part}/{key}"
+    return "what it was given"
 
 
 def _without_id(record: CheckpointMetadata | SessionRecord) -> dict[str, Any]:
@@ -251,17 +326,21 @@ def merge(base: Index, ours: Index, theirs: Index) -> Index:
 def _merge_part(base: dict[str, T], ours: dict[str, T], theirs: dict[str, T]) -> dict[str, T]:
     merged = {}
     for key in {**base, **ours, **theirs}:
-        before = base.get(key)
-        winner = max((ours.get(key), theirs.get(key)), key=lambda entry: _precedence(before, entry))
-        if winner is not None:
+        before = base.get(key, _ABSENT)
+        left, right = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
+        winner = left
+        # Records are immutable, so what nobody touched is the same object, and needn't be compared.
+        if left is not right:
+            winner = max((left, right), key=lambda entry: _precedence(before, entry))
+        if winner is not _ABSENT:
             merged[key] = winner
     return merged
 
 
 def _precedence(before: Any, entry: Any) -> tuple[int, int, bytes]:
-    if entry is None:
-        return (1 if before is not None else -1), 0, b""
-    if before is not None and _content(entry) == _content(before):
+    if entry is _ABSENT:
+        return (1 if before is not _ABSENT else -1), 0, b""
+    if entry is before or (before is not _ABSENT and _content(entry) == _content(before)):
         return 0, 0, b""
     return 2, getattr(entry, "revision", 0), _content(entry)
 
@@ -287,7 +366,7 @@ class IndexFile:
     def read(self) -> Index | None:
         """The committed index; None where there is none yet. The result must not be changed.
 
-        Raises IndexDamaged or IndexTooNew.
+        Raises IndexDamaged, IndexTooNew or IndexUnreadable.
         """
         try:
             data = read_index_bytes(self.path)
@@ -315,8 +394,15 @@ class IndexFile:
 
 
 def read_index_bytes(path: Path) -> bytes:
-    """The bytes of the index file `path`; raises IndexDamaged or FileNotFoundError."""
+    """The bytes of the index file `path`; raises IndexDamaged, IndexUnreadable or FileNotFoundError."""
     try:
         return fs.read_bytes(path, limit=MAX_INDEX_BYTES)
-    except (ValueError, NotACheckpoint) as error:
+    except FileNotFoundError:
+        raise
+    except NotACheckpoint as error:
+        raise IndexDamaged(path=path, reason=error.fields["reason"]) from error
+    except ValueError as error:
         raise IndexDamaged(path=path, reason=error) from error
+    except OSError as error:
+        # Too many open files, or a permission: taking that for damage would replace a good index.
+        raise IndexUnreadable(path=path, reason=fs.reason_of(error)) from error

@@ -35,8 +35,10 @@ class Layout:
 
     def files(self) -> dict[str, fs.Entry]:
         """The checkpoint files that are there, by id."""
-        return {**_by_id(fs.scan(self.root), ".pt"), **_by_id(fs.scan(self.checkpoints), ".pt")}
+        found = {**fs.scan(self.root, ending=".pt"), **fs.scan(self.checkpoints, ending=".pt")}
+        return {name.removesuffix(".pt"): entry for name, entry in found.items()}
 
-
-def _by_id(entries: dict[str, fs.Entry], ending: str) -> dict[str, fs.Entry]:
-    return {name.removesuffix(ending): entry for name, entry in entries.items() if name.endswith(ending)}
+    def file_ids(self) -> set[str]:
+        """The ids of `files`, at a fraction of the cost."""
+        found = (*fs.names(self.root), *fs.names(self.checkpoints))
+        return {name.removesuffix(".pt") for name in found if name.endswith(".pt")}

@@ -4,10 +4,11 @@
 level under their own names, and `HEADER` holds the format and the record.
 """
 
+import errno
 import io
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +18,7 @@ import torch
 from blake3 import blake3
 
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint, UnsafeCheckpoint
-from ckptcache.storage import fs
+from ckptcache.storage import audit, fs
 
 HEADER = "ckptcache"
 """The key of the file's own header beside the parts of the state."""
@@ -69,6 +70,13 @@ def write(file: fs.TempFile, state: Mapping[str, Any], record: Mapping[str, Any]
     return Written(target.size, target.digest)
 
 
+def write_plain(file: fs.TempFile, state: Mapping[str, Any]) -> Written:
+    """Write `state` alone, unsynced, for whoever reads it with torch and without a cache."""
+    target = _DigestingFile(file)
+    torch.save(dict(state), cast(IO[bytes], target))
+    return Written(target.size, target.digest)
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """What was read from a checkpoint file, on the CPU, owning its memory."""
@@ -82,7 +90,7 @@ class Content:
 
 def digest_of(path: Path) -> Written:
     """Size and digest of a file as it is now; raises FileNotFoundError."""
-    with fs.open_regular(path) as file:
+    with _opened(path) as file:
         return _measure(file)
 
 
@@ -93,7 +101,7 @@ def verify(path: Path, *, size: int | None, digest: str | None) -> Written:
         FileNotFoundError: it is gone.
         CheckpointDamaged: size or digest differ.
     """
-    with fs.open_regular(path) as file:
+    with _opened(path) as file:
         return _verify(file, path, size, digest)
 
 
@@ -105,19 +113,45 @@ def read(path: Path, *, size: int | None = None, digest: str | None = None) -> C
     Raises:
         FileNotFoundError: it is gone.
         CheckpointDamaged: size or digest differ, or the archive is broken.
-        NotACheckpoint: it isn't torch's zip format, or holds no mapping.
+        NotACheckpoint: it isn't torch's zip format, holds no mapping, or the system or memory forbid reading it.
         UnsafeCheckpoint: it holds more than tensors and plain values.
     """
-    with fs.open_regular(path) as file:
+    with _opened(path) as file:
         measured = _verify(file, path, size, digest)
-        _check_directory(file, path, measured.size)
+        entries = audit.check_archive(file, path, measured.size)
+        if digest is None:
+            audit.check_pickle(file, path, entries, measured.size)
         payload = _decode(file, path)
     if not isinstance(payload, dict):
         raise NotACheckpoint(path=path, reason=f"it holds a {type(payload).__name__}, not a mapping of named parts")
+    if set(getattr(payload, "__dict__", ())) - {"_metadata"}:
+        # A mapping may carry attributes, and one named "pop" or "items" would take the method's place.
+        raise NotACheckpoint(path=path, reason="its mapping carries attributes that no state_dict has")
     header = payload.pop(HEADER, None)
     if isinstance(header, dict) and isinstance(header.get("record"), dict):
+        _check_format(header.get("format"), path)
         return Content(payload, header["record"], measured.size, measured.digest)
     return Content(_from_foreign(payload), None, measured.size, measured.digest)
+
+
+def _check_format(version: Any, path: Path) -> None:
+    if not isinstance(version, int) or version > FORMAT:
+        reason = f"it is in format {version!r}, and this ckptcache knows {FORMAT}: install a newer one"
+        raise NotACheckpoint(path=path, reason=reason)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file for reading; what the system refuses is told apart from damage, so that nothing is set aside for it."""
+    try:
+        with fs.open_regular(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise CheckpointDamaged(path=path, reason="the disk cannot read it") from error
+        raise NotACheckpoint(path=path, reason=fs.reason_of(error)) from error
 
 
 def _measure(file: BinaryIO) -> Written:
@@ -142,36 +176,21 @@ def _verify(file: BinaryIO, path: Path, size: int | None, digest: str | None) ->
     return measured
 
 
-def _check_directory(file: BinaryIO, path: Path, size: int) -> None:
-    """A small file could otherwise claim gigabytes, and torch would allocate them before looking."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
-        raise _broken_archive(file, path, error) from error
-    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        raise NotACheckpoint(path=path, reason="it is a zip file without torch's data")
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
-        raise NotACheckpoint(path=path, reason="its entries are compressed, which torch never writes")
-    if sum(entry.file_size for entry in entries) > size:
-        raise NotACheckpoint(path=path, reason="its directory claims more bytes than the file has")
-    file.seek(0)
-
-
-def _broken_archive(file: BinaryIO, path: Path, error: Exception) -> CheckpointDamaged | NotACheckpoint:
-    file.seek(0)
-    if file.read(4) == b"PK\x03\x04":
-        return CheckpointDamaged(path=path, reason=f"its archive is broken or cut short ({error})")
-    return NotACheckpoint(path=path, reason="it isn't in the zip format that torch.save writes (since torch 1.6)")
-
-
 def _decode(file: BinaryIO, path: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UnsafeCheckpoint(path=path, reason=_refused(str(error))) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, OverflowError) as error:
-        raise CheckpointDamaged(path=path, reason=str(error).split("\n")[0] or type(error).__name__) from error
+    except Exception as error:
+        # A hostile file can make torch fail in any way; none of them may reach the caller as it is.
+        raise _failure(error, path) from error
+
+
+def _failure(error: Exception, path: Path) -> CheckpointDamaged | NotACheckpoint:
+    message = str(error).split("\n")[0].rstrip(". ") or type(error).__name__
+    if isinstance(error, MemoryError) or "not enough memory" in message or "can't allocate memory" in message:
+        return NotACheckpoint(path=path, reason="there is not enough memory for what it holds")
+    return CheckpointDamaged(path=path, reason=message)
 
 
 def _refused(message: str) -> str:
@@ -187,9 +206,9 @@ def _from_foreign(payload: dict[str, Any]) -> dict[str, Any]:
     """
     if payload and all(isinstance(value, torch.Tensor) for value in payload.values()):
         return {"model": payload}
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for key, value in payload.items():
         name = _LEGACY_PARTS.get(key, str(key))
-        if value is not None and (name == key or name not in payload):
-            renamed[name] = value
+        if value is not None:
+            renamed[str(key) if name != key and name in (*payload, *renamed) else name] = value
     return renamed

@@ -4,13 +4,17 @@ Opening, doctor, and everything that brings files from elsewhere use this one pl
 can't have different ideas of what is there. Looking changes nothing; `tidy` is what acts.
 """
 
-from dataclasses import dataclass, field
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptcache.errors import CkptCacheError, IndexDamaged
+from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, NotACheckpoint
 from ckptcache.metadata import CheckpointMetadata, is_valid_id
 from ckptcache.storage import fs
-from ckptcache.storage.index import Index, IndexFile, merge, parse, read_index_bytes, serialise
+from ckptcache.storage.index import Index, IndexFile, parse, read_index_bytes, serialise
 from ckptcache.storage.layout import Layout
 
 MAX_SIDECAR_BYTES = 64 * 1024 * 1024
@@ -40,6 +44,8 @@ class Observed:
     """Files without record or sidecar; the record inside them can still be read."""
     leftovers: dict[Path, str] = field(default_factory=dict)
     """What a crash or an eviction left behind, with what it is."""
+    condemned: dict[Path, str] = field(default_factory=dict)
+    """Files that a crash kept from quarantine after it was decided, with the reason."""
 
 
 # --- opening -------------------------------------------------------------------------------------
@@ -51,39 +57,55 @@ def open_index(file: IndexFile, layout: Layout) -> Opened:
     Raises:
         IndexDamaged: it can't be read, and there is nothing from which to rebuild it.
         IndexTooNew: a later version wrote it.
+        IndexUnreadable: the system refuses to read it, which says nothing of what is in it.
     """
-    opened = Opened(Index())
+    opened, found = Opened(Index()), None
     try:
-        committed = file.read()
+        found = file.read()
     except IndexDamaged as error:
-        committed, opened.broken = None, error
-    opened.index = committed if committed is not None else _previous(file)
+        opened.broken = error
+    if found is None:
+        found = _previous(file)
+    opened.index = found or Index()
     _adopt_strays(opened, layout)
-    if opened.broken is not None and not opened.index.checkpoints and not layout.files():
+    if opened.broken is not None and found is None and not layout.file_ids():
         raise opened.broken
     return opened
 
 
-def _previous(file: IndexFile) -> Index:
+def _previous(file: IndexFile) -> Index | None:
     try:
         return parse(read_index_bytes(file.previous), file.previous)
     except (FileNotFoundError, IndexDamaged):
-        return Index()
+        return None
 
 
 def _adopt_strays(opened: Opened, layout: Layout) -> None:
-    known = opened.index.checkpoints
-    for id in sorted(layout.files()):
-        if id in known or not is_valid_id(id):
-            continue
+    """Take up what the index doesn't name; what it holds already is never changed by a sidecar."""
+    strays = Index()
+    for id in sorted(layout.file_ids() - opened.index.checkpoints.keys()):
         try:
-            found = read_sidecar(layout, id)
-        except (IndexDamaged, CkptCacheError) as error:
+            found = read_sidecar(layout, id) if is_valid_id(id) else None
+        except CkptCacheError as error:
             opened.unreadable_sidecars[id] = str(error)
             continue
         if found is not None:
-            opened.index = merge(Index(), opened.index, found)
+            strays.checkpoints.update(found.checkpoints)
+            strays.configs.update(found.configs)
+            strays.fingerprints.update(found.fingerprints)
             opened.adopted.append(id)
+    if opened.adopted:
+        opened.index = _with_strays(opened.index, strays)
+
+
+def _with_strays(index: Index, strays: Index) -> Index:
+    """A sidecar is written at the save, when nothing was decided against the checkpoint yet."""
+    adopted = index.copy()
+    for id, record in strays.checkpoints.items():
+        adopted.checkpoints[id] = replace(record, decision=None, decision_reason=None)
+    adopted.configs = {**strays.configs, **index.configs}
+    adopted.fingerprints = {**strays.fingerprints, **index.fingerprints}
+    return adopted
 
 
 def read_sidecar(layout: Layout, id: str) -> Index | None:
@@ -93,11 +115,15 @@ def read_sidecar(layout: Layout, id: str) -> Index | None:
         found = parse(fs.read_bytes(path, limit=MAX_SIDECAR_BYTES), path)
     except FileNotFoundError:
         return None
+    except NotACheckpoint as error:
+        raise IndexDamaged(path=path, reason=error.fields["reason"]) from error
+    except OSError as error:
+        raise IndexUnreadable(path=path, reason=fs.reason_of(error)) from error
     except ValueError as error:
         raise IndexDamaged(path=path, reason=error) from error
     if set(found.checkpoints) != {id}:
         raise IndexDamaged(path=path, reason="it is the record of another checkpoint")
-    return found
+    return Index(checkpoints=found.checkpoints, configs=found.configs, fingerprints=found.fingerprints)
 
 
 def sidecar_bytes(record: CheckpointMetadata, index: Index) -> bytes:
@@ -114,8 +140,10 @@ def observe(index: Index, layout: Layout) -> Observed:
     for id, record in index.checkpoints.items():
         entry = files.get(id)
         if record.decision is not None:
-            if entry is not None:
-                seen.leftovers[layout.locate(id)] = f"the file of a checkpoint that was {record.decision}"
+            if entry is not None and record.decision == "evicted":
+                seen.leftovers[layout.locate(id)] = "the file of a checkpoint that was evicted"
+            elif entry is not None:
+                seen.condemned[layout.locate(id)] = record.decision_reason or record.decision
         elif entry is None:
             seen.missing[id] = "its file is gone"
         elif record.size is not None and entry.size != record.size:
@@ -130,23 +158,32 @@ def observe(index: Index, layout: Layout) -> Observed:
 
 
 def _find_leftovers(seen: Observed, index: Index, layout: Layout) -> None:
-    for name in fs.scan(layout.checkpoints):
-        path, record = layout.checkpoints / name, index.checkpoints.get(name.removesuffix(".json"))
-        if name.endswith(fs.TEMP_SUFFIX) and writer_state(layout, name) == "dead":
-            seen.leftovers[path] = "a file that a process died while writing"
-        elif record is not None and record.decision is not None:
-            seen.leftovers[path] = f"the sidecar of a checkpoint that was {record.decision}"
+    for name in fs.names(layout.checkpoints):
+        if name.endswith(fs.TEMP_SUFFIX):
+            if writer_state(layout, name) == "dead":
+                seen.leftovers[layout.checkpoints / name] = "a file that a process died while writing"
+        elif name.endswith(".json"):
+            record = index.checkpoints.get(name.removesuffix(".json"))
+            if record is not None and record.decision is not None:
+                seen.leftovers[layout.checkpoints / name] = f"the sidecar of a checkpoint that was {record.decision}"
 
 
 def writer_state(layout: Layout, temp_name: str) -> fs.LeaseState:
     """Whether the writer named in a temporary file's name still lives."""
-    writer = temp_name.removesuffix(fs.TEMP_SUFFIX).rsplit(".", 1)[-1]
-    return fs.lease_state(layout.lease(writer)) if is_valid_id(writer) else "unknown"
+    states = {fs.lease_state(layout.lease(writer)) for writer in _possible_writers(temp_name)}
+    return next((state for state in ("live", "unknown", "dead") if state in states), "unknown")
+
+
+def _possible_writers(temp_name: str) -> Iterator[str]:
+    """A writer's id may hold dots itself, so each ending of the name can be it."""
+    parts = temp_name.removesuffix(fs.TEMP_SUFFIX).split(".")
+    endings = (".".join(parts[start:]) for start in range(1, len(parts)))
+    return (ending for ending in endings if is_valid_id(ending))
 
 
 def leases(layout: Layout) -> dict[str, fs.LeaseState]:
     """The state of every session's and writer's lease that has a file."""
-    owners = (name.removesuffix(".lock") for name in fs.scan(layout.sessions) if name.endswith(".lock"))
+    owners = (name.removesuffix(".lock") for name in fs.names(layout.sessions) if name.endswith(".lock"))
     return {owner: fs.lease_state(layout.lease(owner)) for owner in owners if is_valid_id(owner)}
 
 
@@ -154,34 +191,43 @@ def leases(layout: Layout) -> dict[str, fs.LeaseState]:
 
 
 def tidy(seen: Observed, file: IndexFile, layout: Layout) -> list[Path]:
-    """Remove what crashes and evictions left behind; the index's lock must be held. Returns what went."""
-    removed = [path for path in seen.leftovers if fs.remove(path, root=layout.root)]
-    for name in fs.scan(layout.root):
-        # Temporary files here are only written under the lock, which is held: their writers are dead.
-        if name.startswith(file.path.name) and name.endswith(fs.TEMP_SUFFIX):
-            fs.remove(layout.root / name, root=layout.root)
-            removed.append(layout.root / name)
-    for owner, state in leases(layout).items():
-        if state == "dead":
-            fs.remove(layout.lease(owner), root=layout.root)
+    """Remove what crashes and evictions left behind, end quarantines that were cut short; returns what was removed.
+
+    The index's lock must be held, since before `seen` was observed. What cannot be removed stays for the next time.
+    """
+    dead = [layout.lease(owner) for owner, state in leases(layout).items() if state == "dead"]
+    # Temporary files beside the index are only written under its lock, which is held: their writers are dead.
+    stale = [
+        layout.root / name
+        for name in fs.names(layout.root)
+        if name.startswith(file.path.name) and name.endswith(fs.TEMP_SUFFIX)
+    ]
+    removed = [path for path in (*seen.leftovers, *stale) if _removed(path, layout)]
+    for path, reason in seen.condemned.items():
+        with suppress(OSError, CkptCacheError):
+            quarantine(path, layout, reason=reason)
+    for path in dead:
+        _removed(path, layout)
     return removed
+
+
+def _removed(path: Path, layout: Layout) -> bool:
+    # A folder linked to from elsewhere (ValueError) or one that is read-only must not keep a cache from opening.
+    with suppress(OSError, ValueError):
+        return fs.remove(path, root=layout.root)
+    return False
 
 
 def set_aside(file: IndexFile, layout: Layout) -> Path | None:
     """Move a broken index into quarantine, where nothing reads it; returns where it went."""
-    if not file.path.exists():
+    if not os.path.lexists(file.path):
         return None
     return quarantine(file.path, layout, reason="the index could not be read")
 
 
 def quarantine(path: Path, layout: Layout, *, reason: str) -> Path:
     """Move a file that failed verification into quarantine, with the reason beside it; nothing is overwritten."""
-    fs.ensure_folder(layout.quarantine)
-    taken, number = fs.scan(layout.quarantine), 0
-    target = layout.quarantine / path.name
-    while target.name in taken:
-        number += 1
-        target = layout.quarantine / f"{path.stem}.{number}{path.suffix}"
-    fs.move(path, target)
-    fs.write_atomically(target.with_name(f"{target.name}.reason.txt"), f"{reason}\n".encode(), writer="quarantine")
+    target = fs.move_aside(path, fs.ensure_folder(layout.quarantine))
+    note = target.with_name(f"{target.name}.reason.txt")
+    fs.write_atomically(note, f"{reason}\n".encode(errors="backslashreplace"), writer=secrets.token_hex(4))
     return target
