@@ -105,9 +105,13 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
 
 
 def why_not(explanations: list[Explanation], limit: int = 5) -> list[str]:
-    """For each checkpoint that can't be resumed from, one line that says why; at most `limit`."""
-    rejected = [e for e in explanations if not e.eligible]
-    lines = [f"{e.record.id}: {e.reason}" for e in rejected[:limit]]
-    if len(rejected) > limit:
-        lines.append(f"and {len(rejected) - limit} more (`ckptcache explain` lists all)")
-    return lines
+    """Why checkpoints can't be resumed from: a line per reason, those that share it counted; at most `limit`."""
+    by_reason: dict[str, list[str]] = {}
+    for explanation in explanations:
+        if not explanation.eligible:
+            by_reason.setdefault(explanation.reason, []).append(explanation.record.id)
+    lines = [
+        f"{ids[0]}{f' and {len(ids) - 1} more' if len(ids) > 1 else ''}: {reason}" for reason, ids in by_reason.items()
+    ]
+    more = len(lines) - limit
+    return [*lines[:limit], f"and {more} more reasons (`ckptcache explain` lists all)"] if more > 0 else lines

@@ -403,8 +403,9 @@ class Lease:
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
-        if os.getpid() != self._owner or not self._lock.is_locked:
+        if os.getpid() != self._owner:
             return
+        # Whether it is still locked says nothing: at exit filelock may have released it before.
         with suppress(OSError):
             system.unlink(self.path)
         self._lock.release()
