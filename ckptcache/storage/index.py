@@ -373,10 +373,11 @@ class IndexFile:
         except FileNotFoundError:
             return None
         # Told apart by content: inode, time and size can all be the same again after two quick commits.
-        digest = blake3(data).digest()
-        if self._seen is None or self._seen[0] != digest:
-            self._seen = (digest, parse(data, self.path))
-        return self._seen[1]
+        digest, seen = blake3(data).digest(), self._seen
+        if seen is None or seen[0] != digest:
+            seen = self._seen = (digest, parse(data, self.path))
+        # Not self._seen: another thread may have put an older look there meanwhile.
+        return seen[1]
 
     @contextmanager
     def held(self, *, timeout: float = fs.LOCK_TIMEOUT) -> Iterator[None]:
