@@ -133,8 +133,9 @@ def _oldest_with_nan(data: bytes) -> Any:
         document = json.loads(data)
         if not isinstance(document, dict) or "schema_version" in document:
             return None
-        # Written once more, so that half a surrogate pair or a number beyond 64 bits gets no further than this.
-        return orjson.loads(json.dumps(jsonable(document), ensure_ascii=False).encode(errors="replace"))
+        # It also wrote half a surrogate pair, which comes from a file name that isn't UTF-8 and has no place here.
+        whole = json.dumps(document, ensure_ascii=False).encode(errors="replace")
+        return jsonable(json.loads(whole))
     except (ValueError, RecursionError, InvalidValue):
         return None
 
