@@ -192,6 +192,10 @@ class TrainingCache:
 
     # --- looking ---------------------------------------------------------------------------------
 
+    def view(self) -> Catalog:
+        """Everything at one instant: records, scores, groups and verdicts that belong together."""
+        return self._catalog()
+
     def checkpoints(self, *, everything: bool = False) -> list[CheckpointMetadata]:
         """The available checkpoints, best first; with `everything`, all records, whether their files are there or not.
 
@@ -480,15 +484,18 @@ class TrainingCache:
         """Counts and bytes, limits, groups and prepared data."""
         return checkup.stats(self.ledger.view(), self.data)
 
-    def doctor(self, *, repair: bool = False, verify: bool = True) -> list[checkup.Finding]:
+    def doctor(
+        self, *, repair: bool = False, verify: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> list[checkup.Finding]:
         """Examine everything: index, sidecars, files, leftovers; with `repair`, mend what can be mended.
 
         Args:
             repair: set aside a broken index and rebuild it, adopt files without a record, quarantine
                 damaged files, and remove what crashes left behind.
             verify: read every file and compare its digest, which takes as long as reading them.
+            progress: called with the bytes verified so far and the bytes in all.
         """
-        return checkup.examine(self.ledger, repair=repair, verify=verify)
+        return checkup.examine(self.ledger, repair=repair, verify=verify, progress=progress)
 
     def rerank(self, **settings: Any) -> list[checkup.Move]:
         """What would move if quality were scored with other settings, such as ``quality_weight_loss=0.5``.

@@ -86,6 +86,12 @@ class CacheNotFound(CkptCacheError):
     exit_code = 3
 
 
+class AmbiguousCache(CkptCacheError):
+    """{count} caches lie equally near ({examples}): choose one with --cache-dir or CKPTCACHE_DIR."""
+
+    exit_code = 2
+
+
 class CacheDirIsFile(CkptCacheError):
     """{path} is a file, and a cache needs a folder: choose another cache_dir, or move the file."""
 

@@ -19,6 +19,7 @@ SAMPLES = {
     "AmbiguousId": {"prefix": "ckpt_2", "count": 3, "examples": "a, b, c"},
     "InvalidValue": {"name": "iteration", "value": -1, "reason": "it must be at least 0"},
     "CacheNotFound": {"path": PATH},
+    "AmbiguousCache": {"count": 2, "examples": "a/cache, b/cache"},
     "CacheDirIsFile": {"path": PATH},
     "CacheDirNotWritable": {"path": PATH, "reason": "permission denied"},
     "LockTimeout": {"path": PATH, "seconds": 10.0},
