@@ -98,11 +98,12 @@ def ensure_folder(path: Path) -> Path:
     try:
         if path.is_dir():
             return path
-        if path.exists() or path.is_symlink():
-            raise CacheDirIsFile(path=path)
         ensure_folder(path.parent)
-        with suppress(FileExistsError):
+        try:
             system.mkdir(path)
+        except FileExistsError:
+            if not path.is_dir():  # else somebody else has made it since
+                raise CacheDirIsFile(path=path) from None
         system.fsync_folder(path.parent)
     except OSError as error:
         raise CacheDirNotWritable(path=path.parent, reason=reason_of(error)) from error
