@@ -298,7 +298,7 @@ class TrainingCache:
         """
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
-        notes, tried = list(choice.notes), set[str]()
+        notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
         while untried := [record for record in choice.records if record.id not in tried]:
             for record in untried:
                 tried.add(record.id)
@@ -314,6 +314,20 @@ class TrainingCache:
             # Those that failed may have been evicted meanwhile, in favour of others.
             choice = self.choose(needed, resume)
         return None
+
+    def _lament(self, choice: "resume.Choice") -> list[str]:
+        """Say what would have been restored from, had its file been whole; what is damaged goes to quarantine."""
+        said = []
+        for id, reason in choice.damaged.items():
+            said.append(f"{id} is passed over: {reason}")
+            with suppress(CkptCacheError):
+                self.ledger.quarantine(id, reason)
+        if choice.missing:
+            more = f" and of {len(choice.missing) - 1} more" if choice.missing[1:] else ""
+            said.append(f"{choice.missing[0]} would have come first, but its file{more} is gone")
+        for sentence in said:
+            log.warning("%s", sentence)
+        return said
 
     def choose(self, needed: Description, policy: str) -> resume.Choice:
         """The checkpoints that `restore` would try under `policy`, in order, without reading any."""

@@ -100,6 +100,10 @@ class CacheDirNotWritable(CkptCacheError):
     """Nothing can be written in {path} ({reason}): change its permissions, or choose another cache_dir."""
 
 
+class CacheDirNotReadable(CkptCacheError):
+    """{path} cannot be read ({reason}): change its permissions, or choose another cache_dir."""
+
+
 class LockTimeout(CkptCacheError):
     """Another process has held {path} for more than {seconds:g} seconds: wait for it, or find the
     process that holds it and end it."""

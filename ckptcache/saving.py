@@ -157,7 +157,6 @@ class Saver:
 
     def _write(self, draft: Draft, publication: Publication) -> CheckpointMetadata:
         id, layout = draft.record.id, self._ledger.layout
-        is_committed = False
         try:
             with _as_save_failed(id, layout.checkpoints):
                 written = ptfile.write(publication.file, draft.state, _embedded(draft))
@@ -166,11 +165,10 @@ class Saver:
             with self._ledger.change() as change:
                 with _as_save_failed(id, layout.checkpoints):
                     record = self._commit(change, publication, dataclasses.replace(draft, record=record))
-                is_committed = True
+                publication.keep()
                 self._prune(change, record)
         except BaseException:
-            if not is_committed:
-                _withdraw(publication)
+            _withdraw(publication)
             raise
         return record
 
@@ -189,8 +187,10 @@ class Saver:
             publication.publish(sidecar_bytes(record, draft.piece))
             change.commit()
         except BaseException:
-            if not self._roll_back(change, before, record.id):
-                publication.keep()
+            # Still under the lock, or another process could take up what is about to go.
+            if self._roll_back(change, before, record.id):
+                _withdraw(publication)
+            publication.keep()
             raise
         return record
 

@@ -22,6 +22,7 @@ SAMPLES = {
     "AmbiguousCache": {"count": 2, "examples": "a/cache, b/cache"},
     "CacheDirIsFile": {"path": PATH},
     "CacheDirNotWritable": {"path": PATH, "reason": "permission denied"},
+    "CacheDirNotReadable": {"path": PATH, "reason": "permission denied"},
     "LockTimeout": {"path": PATH, "seconds": 10.0},
     "IndexDamaged": {"path": PATH, "reason": "it ends early"},
     "IndexUnreadable": {"path": PATH, "reason": "permission denied"},
