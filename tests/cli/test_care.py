@@ -84,6 +84,8 @@ def test_an_index_with_conflict_markers_is_read_around_and_repaired(healthy):
     assert listed.stderr.startswith("ckptcache: warning: The index ")
     assert "doctor --repair" in listed.stderr
     assert index.read_text().startswith("<<<<<<<")
+    looked_twice = ckptcache_cli("prune", "--dry-run", "--cache-dir", folder)
+    assert looked_twice.stderr == listed.stderr
     ckptcache_cli("doctor", "--cache-dir", folder, rc=4)
     ckptcache_cli("doctor", "--cache-dir", folder, "--repair")
     after = ckptcache_cli("ls", "--cache-dir", folder, "--json")

@@ -13,8 +13,14 @@ def shown(columns, *args, **env):
     return code, COLOUR.sub("", text).splitlines()
 
 
-@pytest.mark.parametrize("columns", [100, 80, 60])
-@pytest.mark.parametrize("command", ["ls", "ls --all", "explain", "sessions", "prune --dry-run", "stats", "doctor"])
+@pytest.mark.parametrize(
+    ("command", "columns"),
+    [
+        *((command, 100) for command in ("ls", "ls --all", "explain", "sessions", "prune --dry-run", "doctor")),
+        *((command, 80) for command in ("ls --all", "explain", "sessions", "prune --dry-run")),
+        *((command, 60) for command in ("ls --all", "explain")),
+    ],
+)
 def test_nothing_is_wider_than_the_terminal(cache, columns, command):
     _, lines = shown(columns, "--cache-dir", cache.folder, *command.split())
     wide = [line for line in lines if len(line) > columns]
