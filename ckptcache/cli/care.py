@@ -28,7 +28,7 @@ _MANY_BYTES = 500_000_000
 # --- stats ---------------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(short_help="Count what the cache holds, beside its limits.")
 @common
 def stats() -> None:
     """Count checkpoints, records, sessions and bytes, beside the limits in force.
@@ -64,7 +64,7 @@ def _stats_lines(folder: str, s: "Stats") -> Iterator[str]:
 # --- doctor --------------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(short_help="Find damage, and repair it.")
 @click.option("--repair", is_flag=True, help="Mend what can be mended; damaged files go to quarantine.")
 @click.option("--no-verify", is_flag=True, help="Don't read the files to compare their digests, which takes time.")
 @common
@@ -92,15 +92,15 @@ def _findings(findings: "Sequence[Finding]", *, verified: bool) -> Iterator[str]
     for finding in findings:
         outcome, colour = _outcome(finding)
         label = output.paint(f"{outcome:<8}", fg=colour)
-        text = output.wrapped(output.clean(f"{finding.subject}: {finding.message}"), " " * 20, first="")
-        yield f"{label} {finding.kind:<10} {text[0]}"
-        yield from text[1:]
+        first, *rest = output.wrapped(output.clean(f"{finding.subject}: {finding.message}"), " " * 20)
+        yield f"{label} {finding.kind:<10} {first[20:]}"
+        yield from rest
     open_damage = sum(f.is_damage and not f.repaired for f in findings)
     if not findings:
         yield "Everything is in order." if verified else "Everything is in order; the files were not read."
     elif open_damage:
         advice = "" if any(f.repaired for f in findings) else "; `ckptcache doctor --repair` mends what can be mended"
-        yield f"{words.count(open_damage, 'damage', 'damages')} left{advice}."
+        yield from output.wrapped(f"{words.count(open_damage, 'damage', 'damages')} left{advice}.", "  ", first="")
     else:
         yield "No damage is left."
 
@@ -142,7 +142,7 @@ def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
 # --- prune ---------------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(short_help="Evict what is beyond the limits, or say what would go.")
 @click.option("--dry-run", is_flag=True, help="Only say what would stay and what would go.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @click.option("--max-checkpoints", type=int, metavar="N", help="Instead of the setting in force.")
@@ -231,7 +231,7 @@ def _limits(catalog: "Catalog", sources: Mapping[str, str]) -> str:
 # --- rerank --------------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(short_help="Show what other weights or metrics would change.")
 @click.option("--quality-weight-loss", type=float, metavar="X", help="Weight of the validation loss.")
 @click.option("--quality-weight-metrics", type=float, metavar="Y", help="Weight of the mean of the scored metrics.")
 @click.option("--quality-weight-progress", type=float, metavar="Z", help="Weight of the progress in iterations.")

@@ -6,7 +6,7 @@ from click.shell_completion import get_completion_class
 from ckptcache.cli import output
 
 
-@click.command()
+@click.command(short_help="Print a script for completion by the shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

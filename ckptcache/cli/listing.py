@@ -60,7 +60,7 @@ def _below_listing(catalog: Any, listed: list[Any]) -> Iterator[str]:
         yield from output.wrapped(f"Groups: {output.clean(records.group_legend(letters, catalog))}.", "  ", first="")
     shown = {r.id for r in listed}
     hidden = [catalog.status(r) for id, r in catalog.index.checkpoints.items() if id not in shown]
-    others = [f"{hidden.count(status)} {status}" for status in dict.fromkeys(hidden)]
+    others = [f"{hidden.count(status)} {status}" for status in sorted(set(hidden))]
     text = f"{words.count(len(catalog.observed.available), 'checkpoint')} in {catalog.root}, {_room(catalog)}"
     yield from output.wrapped(output.clean(text + (f"; {', '.join(others)} (--all)" if others else "")), "  ", first="")
 
@@ -72,7 +72,7 @@ def _room(catalog: Any) -> str:
     )
 
 
-@click.command()
+@click.command(short_help="Show all that is known of a checkpoint.")
 @checkpoint_argument
 @common
 def show(checkpoint: str) -> None:
@@ -131,7 +131,7 @@ def _details(
     yield "digest", record.digest or ""
 
 
-@click.command()
+@click.command(short_help="Show the checkpoint that a run would resume from.")
 @click.option("--like", metavar="ID", type=CheckpointType(), help="Only what fits where this checkpoint fits.")
 @model_config_option
 @common
@@ -187,7 +187,7 @@ def _needed(catalog: Any, like: str | None, model_config: dict[str, Any] | None)
     return needed, f"what the newest {kind}, {source.id}, trained"
 
 
-@click.command()
+@click.command(short_help="Say why each would or would not be resumed from.")
 @click.option("--like", metavar="ID", type=CheckpointType(), help="Judge by what this checkpoint was saved for.")
 @model_config_option
 @common
@@ -220,7 +220,7 @@ def explain(like: str | None, model_config: dict[str, Any] | None) -> None:
     output.finish(document, lambda: explaining.lines(catalog, explanations, needed, source, evicted))
 
 
-@click.command()
+@click.command(short_help="List the sessions, and how they went.")
 @common
 def sessions() -> None:
     """List the sessions, oldest first: where each came from, how far it got, how its loss went.

@@ -52,7 +52,7 @@ def unpin(checkpoint: str) -> None:
     _report(cache, record, f"{record.id} is no longer pinned.")
 
 
-@click.command()
+@click.command(short_help="Give a checkpoint a name, or move one to it.")
 @checkpoint_argument
 @click.argument("name")
 @common
@@ -64,13 +64,14 @@ def name(checkpoint: str, name: str) -> None:
       ckptcache name best release-1
     """
     cache = open_cache()
-    before = cache.names().get(name)
+    held = cache.ledger.view().index.names.get(name)
+    before = None if held is None else held.checkpoint
     record = cache.name(checkpoint, name)
     moved = f" It pointed to {before} before." if before not in (None, record.id) else ""
     _report(cache, record, f"{name} is {record.id}.{moved}", name=name, moved_from=before)
 
 
-@click.command()
+@click.command(short_help="Remove a name.")
 @click.argument("name", type=NameType())
 @common
 def unname(name: str) -> None:
@@ -84,7 +85,7 @@ def unname(name: str) -> None:
     output.finish({"name": name, "checkpoint": id}, lambda: [output.clean(f"{name} is removed; it pointed to {id}.")])
 
 
-@click.command()
+@click.command(short_help="Add tags to a checkpoint, or remove them.")
 @checkpoint_argument
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...")
 @click.option("--remove", is_flag=True, help="Take the tags off instead.")
@@ -104,7 +105,7 @@ def tag(checkpoint: str, tags: tuple[str, ...], remove: bool) -> None:
     _report(cache, record, f"{record.id} has {'the tags ' + ', '.join(record.tags) if record.tags else 'no tags'}.")
 
 
-@click.command()
+@click.command(short_help="Write a note beside a checkpoint.")
 @checkpoint_argument
 @click.argument("text")
 @common

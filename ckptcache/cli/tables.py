@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ALWAYS = 100
+_NARROWEST = 12
+"""What a flexible column may shrink to before a table gets wider than the terminal."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def _for_terminal(columns: Sequence[Column], strong: set[int], ends: set[int]) -
     console = Console(
         file=target,
         force_terminal=True,
-        width=max(room, needed_width(chosen)),
+        width=max(room, needed_width([replace(c, flexible=min(c.flexible, _NARROWEST)) for c in chosen])),
         color_system="auto" if output.has_colour() else None,
         markup=False,
         emoji=False,

@@ -9,7 +9,7 @@ from ckptcache.cli import output, words
 from ckptcache.cli.options import checkpoint_argument, common, model_config_option, open_cache
 
 
-@click.command()
+@click.command(short_help="Write a checkpoint's model to a file.")
 @checkpoint_argument
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--optimizer", is_flag=True, help="Write the optimizer and all other parts too.")
@@ -25,15 +25,17 @@ def export(checkpoint: str, file: Path, optimizer: bool, overwrite: bool) -> Non
       ckptcache export best model.safetensors
       ckptcache export best whole.pt --optimizer
     """
+    from ckptcache import resume
+
     with open_cache() as cache:
-        record = cache.get(checkpoint)
+        record = resume.find(cache.ledger.view(), checkpoint)
         path = cache.export(record.id, file, optimizer=optimizer, overwrite=overwrite)
     size = path.stat().st_size
     text = f"wrote {path} ({words.size(size)}) from {record.id}"
     output.finish({"checkpoint": record.id, "path": str(path), "bytes": size}, lambda: [output.clean(text)])
 
 
-@click.command("import")
+@click.command("import", short_help="Take up a .pt file that something else wrote.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--iteration", type=click.IntRange(min=0), metavar="N", help="Optimizer steps it was trained for.")
 @click.option("--val-loss", type=float, metavar="X", help="Its loss on the validation data.")
