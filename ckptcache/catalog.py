@@ -74,8 +74,8 @@ class Catalog:
         """What is known of the model and data of a checkpoint."""
         return Description(
             fingerprint=self.index.fingerprints.get(record.fingerprint or ""),
-            model_config=self.index.configs.get(record.model_config or ""),
-            data_config=self.index.configs.get(record.data_config or ""),
+            model_config=_mapping(self.index.configs.get(record.model_config or "")),
+            data_config=_mapping(self.index.configs.get(record.data_config or "")),
         )
 
     def group(self, record: CheckpointMetadata) -> Group:
@@ -193,7 +193,7 @@ class Catalog:
             return self.description(max(own, key=_order))
         declared = self.index.configs.get(session.config or "")
         if isinstance(declared, Mapping) and ("model_config" in declared or "data_config" in declared):
-            return Description(None, declared.get("model_config"), declared.get("data_config"))
+            return Description(None, _mapping(declared.get("model_config")), _mapping(declared.get("data_config")))
         parent = self.index.checkpoints.get(session.parent or "")
         return None if parent is None else self.description(parent)
 
@@ -282,6 +282,11 @@ class Catalog:
 
 def _order(record: CheckpointMetadata | SessionRecord) -> tuple[int, str]:
     return record.order
+
+
+def _mapping(config: Any) -> Mapping[str, Any] | None:
+    """`config`, unless an index from elsewhere holds something that can't be compared: that declares nothing."""
+    return config if isinstance(config, Mapping) else None
 
 
 def _known_quality(score: Score) -> float:

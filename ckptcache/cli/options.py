@@ -54,7 +54,7 @@ def common(command: F) -> F:
     return click.option(
         "--cache-dir",
         metavar="DIR",
-        type=click.Path(),
+        type=click.Path(readable=False),
         expose_value=False,
         is_eager=True,
         callback=_keep,

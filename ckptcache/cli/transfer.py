@@ -11,7 +11,7 @@ from ckptcache.cli.options import checkpoint_argument, common, model_config_opti
 
 @click.command(short_help="Write a checkpoint's model to a file.")
 @checkpoint_argument
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(readable=False, path_type=Path))
 @click.option("--optimizer", is_flag=True, help="Write the optimizer and all other parts too.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
 @common

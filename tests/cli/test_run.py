@@ -162,9 +162,28 @@ def test_an_index_that_may_not_be_read_is_said_in_one_line(foreign):
     assert json.loads(done.stdout)["error"]["type"] == "IndexUnreadable"
 
 
-def test_a_folder_that_may_not_be_listed_is_said_in_one_line(foreign):
-    (foreign / "checkpoints").chmod(0o000)
-    done = as_another("--cache-dir", foreign, "ls")
+@pytest.mark.parametrize("folder", [".", "checkpoints"])
+def test_a_folder_that_may_not_be_looked_into_is_said_in_one_line(foreign, folder):
+    (foreign / folder).chmod(0o000)
+    done = as_another("--cache-dir", foreign, "ls", "--json")
+    (foreign / folder).chmod(0o555)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"ckptcache: error: {foreign}/checkpoints cannot be read (permission denied)")
+    assert done.stderr.startswith("ckptcache: error: ")
+    assert "ermission denied" in done.stderr
     assert done.stderr.count("\n") == 1
+    assert list(json.loads(done.stdout)) == ["error"]
+
+
+def test_a_lease_that_cannot_be_tried_is_not_guessed_at(foreign):
+    dies = (
+        "import os\nfrom ckptcache.cache import TrainingCache\n"
+        f"cache = TrainingCache({str(foreign)!r})\ncache.ledger.hold('sess_b')\nos._exit(0)"
+    )
+    for path in (foreign, foreign / "sessions"):
+        path.chmod(0o755)
+    subprocess.run([sys.executable, "-c", dies], env=environment(), check=True)
+    assert process("--cache-dir", foreign, "sessions").stdout.count("cut short") == 1
+    (foreign / "sessions" / "sess_b.lock").chmod(0o444)
+    (foreign / "sessions").chmod(0o555)
+    found = json.loads(as_another("--cache-dir", foreign, "sessions", "--json").stdout)
+    assert {s["id"]: s["state"] for s in found["sessions"]} == {"sess_a": "finished", "sess_b": "unknown"}
