@@ -236,7 +236,7 @@ class TrainingCache:
             model: a module, or a mapping of the objects that are to be restored; None compares configurations only.
         """
         needed = self.needed(model, model_config=model_config, data_config=data_config)
-        return next(iter(self._catalog(needed).candidates(needed)), None)
+        return self._catalog(needed).best(needed)
 
     def explain(self, model: Any = None, *, model_config: Any = None, data_config: Any = None) -> list[Explanation]:
         """For every checkpoint that wasn't evicted, in the order "best" tries them: its score taken apart,

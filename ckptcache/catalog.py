@@ -199,7 +199,12 @@ class Catalog:
 
     def candidates(self, needed: Description) -> list[CheckpointMetadata]:
         """What "best" would try, in that order."""
-        return [self.scored(e.record) for e in self.explain(needed) if e.eligible]
+        return [e.record for e in self.explain(needed) if e.eligible]
+
+    def best(self, needed: Description) -> CheckpointMetadata | None:
+        """The first of `candidates`, with its quality; None where nothing fits."""
+        first = next(iter(self.candidates(needed)), None)
+        return None if first is None else self.scored(first)
 
     def _eligible(self, record: CheckpointMetadata, verdict: Verdict) -> bool:
         is_sound = self.scores[record.id].status != "diverged"

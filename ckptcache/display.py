@@ -1,5 +1,6 @@
 """What a person sees of a training: a progress bar on a terminal, plain lines elsewhere; always on stderr."""
 
+import logging
 import math
 import sys
 import time
@@ -32,8 +33,8 @@ class TrainingDisplay(Callback):
         """Say what was found and chosen; begin the bar, where there is a terminal and something to do."""
         for line in trainer.session.messages:
             self.console.print(line, style="dim" if line.startswith("  ") else None, markup=False, soft_wrap=True)
-        if trainer.resumed_from is not None and (loss := trainer.resumed_from.val_loss) is not None:
-            self._best = loss
+        if trainer.session.is_comparable and trainer.resumed_from is not None:
+            self._best = _finite_or(trainer.resumed_from.val_loss, math.inf)
         self._first, end = trainer.starting_iteration, trainer.last_iteration
         self._started = time.monotonic()
         if self.console.is_terminal and (end is None or end > self._first):
@@ -61,15 +62,13 @@ class TrainingDisplay(Callback):
             self._progress.update(self._task, completed=iteration, numbers=self._numbers(float(loss), iteration))
 
     def after_evaluation(self, trainer: CachedTrainer, val_loss: float | None, metrics: Mapping[str, float]) -> None:
-        """A line per evaluation, where there is no bar; NaN is said as loudly as it deserves."""
-        if val_loss is None:
+        """A line per evaluation, where there is no bar; of a loss that has diverged the trainer tells."""
+        if val_loss is None or not math.isfinite(val_loss):
             return
         self._val_loss = val_loss
-        is_best = math.isfinite(val_loss) and val_loss < self._best
-        self._best = min(self._best, val_loss) if math.isfinite(val_loss) else self._best
-        if not math.isfinite(val_loss):
-            self.console.print(f"the loss has diverged: val_loss is {val_loss}", style="bold red")
-        elif self._progress is None:
+        is_best = val_loss < self._best
+        self._best = min(self._best, val_loss)
+        if self._progress is None:
             self.console.print(self._line(trainer, val_loss, is_best), markup=False, soft_wrap=True)
 
     def _line(self, trainer: CachedTrainer, val_loss: float, is_best: bool) -> str:
@@ -94,6 +93,26 @@ class TrainingDisplay(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _finite_or(value: float | None, otherwise: float) -> float:
+    return value if value is not None and math.isfinite(value) else otherwise
+
+
+class ConsoleHandler(logging.Handler):
+    """Sends log records through a console, so that they appear above a bar and not in it."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line per record."""
+        try:
+            style = "bold red" if record.levelno >= logging.ERROR else "yellow"
+            self._console.print(record.getMessage(), style=style, markup=False, soft_wrap=True)
+        except Exception:  # logging's own rule: a message that can't be shown must not end what it tells of
+            self.handleError(record)
 
 
 def stderr_console() -> Console:

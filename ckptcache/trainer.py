@@ -1,8 +1,9 @@
 """CachedTrainer: a training loop for any model, on top of a session. It resumes at construction."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ckptcache.cache import TrainingCache
-from ckptcache.errors import DuplicateName, InvalidValue
-from ckptcache.metadata import CheckpointMetadata
+from ckptcache.errors import InvalidValue, SessionClosed
+from ckptcache.metadata import CheckpointMetadata, as_float
 from ckptcache.session import TrainingSession
 from ckptcache.state.rng import preserved_rng
 
@@ -45,7 +46,8 @@ class CachedTrainer:
         model, optimizer: what is trained.
         loss: of (model, batch), a scalar tensor.
         batches: an iterable of batches, begun again when it ends. With `state_dict` its position is saved.
-        evaluate: of the model: the validation loss; or that and a mapping of metrics; or a mapping with "val_loss".
+        evaluate: of the model: the validation loss; or that and a mapping of metrics; or a mapping with "val_loss",
+            which may be None. Called in evaluation mode and without gradients.
         cache: where checkpoints are kept.
         scheduler: stepped after each optimizer step.
         scaler: a `torch.amp.GradScaler`.
@@ -54,11 +56,12 @@ class CachedTrainer:
         grad_clip: largest global gradient norm; 0 does not clip.
         max_iters: iterations in all, over all sessions.
         session_iters: iterations in this session.
-        eval_interval: iterations between evaluations; there is one at the end in any case.
+        eval_interval: iterations between evaluations; there is one at the start and one at the end in any case.
+            At these the session ends as "diverged" when the loss is NaN or infinite, since no step mends that.
         session_options: what `TrainingSession` takes: model_config, data_config, resume, checkpoint_interval, ...
 
     Raises:
-        InvalidValue: a count is below 1, or neither `max_iters` nor `session_iters` is given.
+        InvalidValue: a count is below 1, `grad_clip` below 0, or neither `max_iters` nor `session_iters` is given.
         and what `TrainingSession` raises at entry.
     """
 
@@ -82,6 +85,8 @@ class CachedTrainer:
         **session_options: Any,
     ) -> None:
         _check_counts(gradient_accumulation_steps, eval_interval, max_iters, session_iters)
+        if not grad_clip >= 0:
+            raise InvalidValue(name="grad_clip", value=grad_clip, reason="it must be at least 0")
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
         self.loss, self.batches, self.evaluate = loss, batches, evaluate
         self.callbacks = tuple(callbacks)
@@ -127,7 +132,11 @@ class CachedTrainer:
         Raises:
             KeyboardInterrupt, SystemExit(143): SIGINT or SIGTERM arrived; the state was saved before.
             SaveFailed: the last save failed.
+            SessionClosed: it has been called before.
+            InvalidValue: `batches` gave none, or `evaluate` no number.
         """
+        if self.session.is_closed:
+            raise SessionClosed(session=self.session.id)
         try:
             with ExitStack() as stack:
                 stack.push(self.session)
@@ -142,11 +151,13 @@ class CachedTrainer:
         self.session.__exit__(None, None, None)
 
     def _train(self) -> None:
+        self.model.train()
         self._call("on_start")
         self._evaluate_at_start()
         for iteration in self.session.steps(self.max_iters, session_iters=self.session_iters):
             self._call("before_step", iteration)
             loss = self._step()
+            self.session.stepped()
             self.session.log(loss=loss)
             self._call("after_step", iteration + 1, loss)
             if (iteration + 1) % self.eval_interval == 0:
@@ -156,14 +167,10 @@ class CachedTrainer:
             self._evaluate_and_offer()
 
     def _step(self) -> Tensor:
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=next(self.model.parameters()).device)
-        for _ in range(self.gradient_accumulation_steps):
-            loss = self.loss(self.model, next(self._stream)) / self.gradient_accumulation_steps
-            scaled = loss if self.scaler is None else self.scaler.scale(loss)
-            scaled.backward()
-            total += loss.detach()
+        total = self._backward()
+        for _ in range(self.gradient_accumulation_steps - 1):
+            total = total + self._backward()
         self._clip()
         if self.scaler is None:
             self.optimizer.step()
@@ -173,6 +180,13 @@ class CachedTrainer:
         if self.scheduler is not None:
             self.scheduler.step()
         return total
+
+    def _backward(self) -> Tensor:
+        """Gradients of the next batch added to those that are there; its share of the loss, detached."""
+        loss = self.loss(self.model, next(self._stream)) / self.gradient_accumulation_steps
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()
+        return loss.detach()
 
     def _clip(self) -> None:
         if self.grad_clip > 0:
@@ -186,54 +200,94 @@ class CachedTrainer:
         """Where this session starts from, measured; a restore that went wrong shows here."""
         is_due = self.last_iteration is None or self.starting_iteration < self.last_iteration
         if self.evaluate is not None and is_due:
-            val_loss, metrics = self._evaluation()
+            val_loss, metrics = self._evaluation(self.evaluate)
             self.session.evaluated(val_loss, metrics)
             self._call("after_evaluation", val_loss, metrics)
+            self._end_if_diverged(val_loss)
 
     def _evaluate_and_offer(self) -> None:
         if self.evaluate is None:
+            self._look_at_loss()
             return
-        val_loss, metrics = self._evaluation()
-        self.session.checkpoint(val_loss=val_loss, metrics=metrics)
+        val_loss, metrics = self._evaluation(self.evaluate)
+        if val_loss is None:
+            self.session.evaluated(None, metrics)
+        else:
+            self.session.checkpoint(val_loss=val_loss, metrics=metrics)
         self._call("after_evaluation", val_loss, metrics)
+        self._end_if_diverged(val_loss)
 
-    def _evaluation(self) -> tuple[float | None, dict[str, float]]:
+    def _look_at_loss(self) -> None:
+        """Without an evaluation the training loss is all there is to tell of a divergence."""
+        loss = self.session.latest("loss")
+        # With a scaler a loss that overflows is ordinary: the step is left out, and the scale halved.
+        if loss is not None and self.scaler is None and not math.isfinite(loss):
+            self.session.evaluated(loss)  # so that nothing ever resumes from what is saved now
+            self._end_if_diverged(loss)
+
+    def _end_if_diverged(self, val_loss: float | None) -> None:
+        if val_loss is not None and not math.isfinite(val_loss):
+            log.warning("the loss has diverged: it is %s at iteration %d", val_loss, self.session.iteration)
+            self.session.stop("diverged")
+
+    def _evaluation(self, evaluate: Callable[[Any], Evaluation]) -> tuple[float | None, dict[str, float]]:
         """The loss and the metrics; evaluating more or less often never changes what is trained."""
-        assert self.evaluate is not None  # noqa: S101 - both callers have looked
-        self.model.eval()
-        with preserved_rng(), torch.no_grad():
-            found = self.evaluate(self.model)
-        self.model.train()
-        if isinstance(found, Mapping):
-            metrics = {name: float(value) for name, value in found.items()}
-            return metrics.pop("val_loss", None), metrics
-        if isinstance(found, tuple):
-            return float(found[0]), {name: float(value) for name, value in found[1].items()}
-        return float(found), {}
+        with preserved_rng(), _evaluation_mode(self.model), torch.no_grad():
+            found: Any = evaluate(self.model)
+        if isinstance(found, Mapping) and "val_loss" in found:
+            numbers = {name: value for name, value in found.items() if name != "val_loss"}
+            return _measured(found["val_loss"], numbers)
+        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping):
+            return _measured(*found)
+        if found is None or isinstance(found, Mapping | tuple):
+            reason = "give the validation loss, or it and a mapping of metrics, or a mapping with val_loss"
+            raise InvalidValue(name="what evaluate returns", value=found, reason=reason)
+        return _measured(found, {})
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *args)
 
 
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and afterwards each module as it was: some may be frozen on purpose."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
+
+
+def _measured(val_loss: Any, metrics: Mapping[str, Any]) -> tuple[float | None, dict[str, float]]:
+    numbers = {str(name): as_float(value, name) for name, value in metrics.items()}
+    return None if val_loss is None else as_float(val_loss, "val_loss"), numbers
+
+
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
+    count = 0
     while True:
-        is_empty = True
+        before = count
         for batch in batches:
-            is_empty = False
+            count += 1
             yield batch
-        if is_empty:
-            raise InvalidValue(name="batches", value=type(batches).__name__, reason="it gave no batch")
+        if count == before:
+            ended = f"it ended after {count} batches and can't be begun again: give a DataLoader, a list, or the like"
+            raise InvalidValue(
+                name="batches", value=type(batches).__name__, reason=ended if count else "it gave no batch"
+            )
 
 
 def _stateful_callbacks(callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """Those with a state, by the names that they are saved under; of two of a class the second gets a number."""
     named: dict[str, Any] = {}
     for callback in callbacks:
-        name = f"callback_{type(callback).__name__}"
-        if name in named:
-            raise DuplicateName(name=name)
         if hasattr(callback, "state_dict"):
-            named[name] = callback
+            name = f"callback_{type(callback).__name__}"
+            number = sum(key.partition("-")[0] == name for key in named)
+            named[f"{name}-{number + 1}" if number else name] = callback
     return named
 
 

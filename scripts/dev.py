@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -445,7 +446,10 @@ def train(rest: list[str], verbose: bool) -> int:
     script = ROOT / "scripts" / "train_cached.py"
     if not script.exists():
         raise Problem("scripts/train_cached.py is not there yet.")
-    become(interpreter((), verbose), [str(script), *rest])
+    python = interpreter((), verbose)
+    # It ends with the command to go on, which should be the one that was typed.
+    typed = shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(rest)])
+    become(Interpreter(python.path, {**python.environment, "CKPTCACHE_STARTED_BY": typed}), [str(script), *rest])
 
 
 def test(rest: list[str], verbose: bool) -> int:

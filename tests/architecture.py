@@ -18,7 +18,7 @@ FLOORS = {
     2: ("storage", "policy", "state", "history"),
     3: ("catalog", "resume", "ledger", "adoption", "saving", "checkup", "transfer", "cache"),
     4: (
-        *("curves", "signals", "startup", "session", "trainer", "display"),
+        *("curves", "tally", "signals", "startup", "session", "trainer", "display"),
         *("workflow", "distributed", "mirror", "report", "progress"),
     ),
     5: ("nanecho", "integrations", "dashboard", "cli"),
@@ -28,7 +28,7 @@ FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 STAIRS = (
     ("errors", "config", "metadata"),
     ("catalog", "resume", "ledger", "adoption", "saving", "checkup", "transfer", "cache"),
-    ("curves", "signals", "startup", "session", "trainer", "display", "workflow"),
+    ("curves", "tally", "signals", "startup", "session", "trainer", "display", "workflow"),
 )
 """Within a floor, these stand one above the other."""
 

@@ -148,7 +148,7 @@ def best(ctx: click.Context, like: str | None, model_config: dict[str, Any] | No
 
     catalog = open_cache().view()
     needed = _needed(catalog, like, model_config)[0] if like or model_config else _anything()
-    found = next(iter(catalog.candidates(needed)), None)
+    found = catalog.best(needed)
 
     def human() -> Iterator[str]:
         if found is not None:

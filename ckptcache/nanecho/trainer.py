@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ckptcache.cache import TrainingCache
+from ckptcache.errors import InvalidValue
 from ckptcache.nanecho.data import Corpus
 from ckptcache.nanecho.model import NanEcho, parameter_groups
 from ckptcache.nanecho.sampler import BlockSampler, evaluation_batches
@@ -106,9 +107,23 @@ class CachedNanEchoTrainer(CachedTrainer):
 
 
 def pick_device(wanted: str) -> str:
-    """`wanted`, or for "auto" the fastest device there is."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """`wanted`, or for "auto" the fastest device there is.
+
+    Raises InvalidValue where torch doesn't know `wanted`, or can't hold a tensor there.
+    """
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=wanted).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise InvalidValue(name="device", value=wanted, reason=_why_not(wanted)) from error
+    return wanted
+
+
+def _why_not(device: str) -> str:
+    # torch's own messages are paragraphs, and differ between its builds.
+    usable = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    usable += ["mps"] if torch.backends.mps.is_available() else []
+    return f"torch has no such device here; what it has is {', '.join(usable)}"
