@@ -67,11 +67,11 @@ def test_streams_and_exit_codes_of_a_real_process(cache):
     assert "No such option" in usage.stderr
 
 
-@pytest.mark.parametrize("command", ["ls --json", "explain", "doctor"])
+@pytest.mark.parametrize("command", ["ls --json", "explain", "doctor --no-verify"])
 def test_a_reader_that_goes_away_is_no_error(cache, command):
     shell = f'{sys.executable} -m ckptcache.cli --cache-dir {cache.folder} {command} | true; echo "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment(), check=True)
-    assert done.stdout.strip() == ("4" if command == "doctor" else "0")
+    assert done.stdout.strip() == ("4" if command.startswith("doctor") else "0")
     assert "roken" not in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -145,7 +145,7 @@ def test_a_read_only_folder_can_be_looked_at(foreign, cache):
 
 
 def test_a_read_only_folder_refuses_marks_in_one_line(foreign):
-    for command in ["pin best", "name best x", "prune --max-checkpoints 1", "doctor --repair"]:
+    for command in ["pin best", "name best x", "prune --max-checkpoints 1", "doctor --repair --no-verify"]:
         done = as_another("--cache-dir", foreign, *command.split())
         assert done.returncode == 1, (command, done.stderr)
         assert done.stderr.startswith(f"ckptcache: error: Nothing can be written in {foreign}")

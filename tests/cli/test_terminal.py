@@ -16,7 +16,10 @@ def shown(columns, *args, **env):
 @pytest.mark.parametrize(
     ("command", "columns"),
     [
-        *((command, 100) for command in ("ls", "ls --all", "explain", "sessions", "prune --dry-run", "doctor")),
+        *(
+            (command, 100)
+            for command in ("ls", "ls --all", "explain", "sessions", "prune --dry-run", "doctor --no-verify")
+        ),
         *((command, 80) for command in ("ls --all", "explain", "sessions", "prune --dry-run")),
         *((command, 60) for command in ("ls --all", "explain")),
     ],
@@ -86,10 +89,10 @@ def test_sessions_draw_their_curve(cache):
     assert re.search(r"cut short  [▁▂▃▄▅▆▇█]{24}$", lines[3])
 
 
-@pytest.mark.parametrize("command", ["ls", "explain", "doctor", "sessions"])
+@pytest.mark.parametrize("command", ["ls", "explain", "doctor --no-verify", "sessions"])
 def test_colour_unless_unwanted(cache, command):
-    assert "\x1b[" in terminal(100, "--cache-dir", cache.folder, command)[1]
-    assert "\x1b" not in terminal(100, "--cache-dir", cache.folder, command, NO_COLOR="1")[1]
+    assert "\x1b[" in terminal(100, "--cache-dir", cache.folder, *command.split())[1]
+    assert "\x1b" not in terminal(100, "--cache-dir", cache.folder, *command.split(), NO_COLOR="1")[1]
 
 
 def test_json_on_a_terminal_is_json(cache):
