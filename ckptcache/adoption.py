@@ -33,10 +33,20 @@ def learn(ledger: Ledger, incomplete: Iterable[str], unrecorded: Iterable[str]) 
         return
     try:
         with ledger.change() as change:
-            change.index = merge(Index(), change.index, found)
+            change.index = merge(Index(), change.index, _still_unknown(found, change.index))
             change.is_dirty = True
     except CacheDirNotWritable:
         ledger.overlay = merge(Index(), ledger.overlay, found)
+
+
+def _still_unknown(found: Index, index: Index) -> Index:
+    """What was found, without what a writer that had been about to commit has put into the index meanwhile."""
+    records = {
+        id: record
+        for id, record in found.checkpoints.items()
+        if id not in index.checkpoints or index.checkpoints[id].fingerprint is None
+    }
+    return Index(checkpoints=records, configs=found.configs, fingerprints=found.fingerprints)
 
 
 def _completed(ledger: Ledger, record: CheckpointMetadata) -> Index:

@@ -21,7 +21,8 @@ from ckptcache.errors import (
     ConfigError,
 )
 from ckptcache.ledger import Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name, jsonable
+from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name, jsonable, texts
+from ckptcache.metadata import text as as_text
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage import fs
@@ -159,12 +160,14 @@ class TrainingCache:
             "learning_rate": learning_rate,
         }
         configs = {"model_config": model_config, "training_config": training_config, "data_config": data_config}
-        described = {"tags": tuple(tags), "notes": notes, "extra": jsonable(dict(extra or {}), "extra")}
-        described |= {"save_reason": save_reason, "parents": tuple(parents)}
+        described = {"tags": tags, "notes": notes, "extra": jsonable(dict(extra or {}), "extra")}
+        described |= {"save_reason": save_reason, "parents": parents}
         saver, self.last_evicted = self._background(), {}
         draft = saver.draft(state, measured, configs, described, session)
-        if if_improved and not self._improves(draft):
-            return None
+        if if_improved:
+            saver.wait()
+            if not self._improves(draft):
+                return None
         return saver.write(draft) if blocking else saver.write_later(draft)
 
     def wait_until_finished(self) -> None:
@@ -188,6 +191,10 @@ class TrainingCache:
         return improves(self.ledger.view(), draft)
 
     # --- looking ---------------------------------------------------------------------------------
+
+    def view(self) -> Catalog:
+        """Everything at one instant: records, scores, groups and verdicts that belong together."""
+        return self._catalog()
 
     def checkpoints(self, *, everything: bool = False) -> list[CheckpointMetadata]:
         """The available checkpoints, best first; with `everything`, all records, whether their files are there or not.
@@ -229,7 +236,7 @@ class TrainingCache:
             model: a module, or a mapping of the objects that are to be restored; None compares configurations only.
         """
         needed = self.needed(model, model_config=model_config, data_config=data_config)
-        return next(iter(self._catalog(needed).candidates(needed)), None)
+        return self._catalog(needed).best(needed)
 
     def explain(self, model: Any = None, *, model_config: Any = None, data_config: Any = None) -> list[Explanation]:
         """For every checkpoint that wasn't evicted, in the order "best" tries them: its score taken apart,
@@ -291,18 +298,36 @@ class TrainingCache:
         """
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
-        notes = list(choice.notes)
-        for record in choice.records:
-            try:
-                restored = self._restore_from(record, objects, rng)
-            except CkptCacheError as error:
-                if choice.is_named:
-                    raise
-                log.warning("%s is passed over: %s", record.id, error)
-                notes.append(f"{record.id} is passed over: {error}")
-            else:
-                return dataclasses.replace(restored, notes=tuple(notes))
+        notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
+        while untried := [record for record in choice.records if record.id not in tried]:
+            for record in untried:
+                tried.add(record.id)
+                try:
+                    restored = self._restore_from(record, objects, rng)
+                except CkptCacheError as error:
+                    if choice.is_named:
+                        raise
+                    log.warning("%s is passed over: %s", record.id, error)
+                    notes.append(f"{record.id} is passed over: {error}")
+                else:
+                    return dataclasses.replace(restored, notes=tuple(notes))
+            # Those that failed may have been evicted meanwhile, in favour of others.
+            choice = self.choose(needed, resume)
         return None
+
+    def _lament(self, choice: "resume.Choice") -> list[str]:
+        """Say what would have been restored from, had its file been whole; what is damaged goes to quarantine."""
+        said = []
+        for id, reason in choice.damaged.items():
+            said.append(f"{id} is passed over: {reason}")
+            with suppress(CkptCacheError):
+                self.ledger.quarantine(id, reason)
+        if choice.missing:
+            more = f" and of {len(choice.missing) - 1} more" if choice.missing[1:] else ""
+            said.append(f"{choice.missing[0]} would have come first, but its file{more} is gone")
+        for sentence in said:
+            log.warning("%s", sentence)
+        return said
 
     def choose(self, needed: Description, policy: str) -> resume.Choice:
         """The checkpoints that `restore` would try under `policy`, in order, without reading any."""
@@ -382,13 +407,15 @@ class TrainingCache:
 
     def tag(self, wanted: str, *tags: str, remove: bool = False) -> CheckpointMetadata:
         """Add tags to a checkpoint, or remove them."""
+        tags = texts(tags, "tags")
         if remove:
             return self._mark(wanted, lambda r: {"tags": tuple(t for t in r.tags if t not in tags)})
         return self._mark(wanted, lambda r: {"tags": tuple(dict.fromkeys((*r.tags, *tags)))})
 
     def note(self, wanted: str, text: str) -> CheckpointMetadata:
         """Set a checkpoint's notes."""
-        return self._mark(wanted, lambda record: {"notes": text})
+        notes = as_text(text, "notes")
+        return self._mark(wanted, lambda record: {"notes": notes})
 
     def name(self, wanted: str, name: str) -> CheckpointMetadata:
         """Let `name` point to a checkpoint, which protects it; the name moves if it pointed elsewhere.
@@ -396,6 +423,7 @@ class TrainingCache:
         Raises InvalidName, CheckpointNotFound or AmbiguousId.
         """
         check_name(name)
+        self.get(wanted)
         with self.ledger.change() as change:
             catalog = change.catalog()
             record = resume.find(catalog, wanted)
@@ -411,6 +439,8 @@ class TrainingCache:
 
         Raises CheckpointNotFound where there is no such name.
         """
+        if name not in self.names():
+            raise CheckpointNotFound(id=name, path=self.cache_dir)
         with self.ledger.change() as change:
             if name not in change.index.names:
                 raise CheckpointNotFound(id=name, path=self.cache_dir)
@@ -418,6 +448,7 @@ class TrainingCache:
             return change.index.names.pop(name).checkpoint
 
     def _mark(self, wanted: str, fields: Callable[[CheckpointMetadata], dict[str, Any]]) -> CheckpointMetadata:
+        self.get(wanted)  # refused before a folder or a lock is made for it
         with self.ledger.change() as change:
             record = resume.find(change.catalog(), wanted)
             change.put(record.changed(**fields(record)))
@@ -453,15 +484,18 @@ class TrainingCache:
         """Counts and bytes, limits, groups and prepared data."""
         return checkup.stats(self.ledger.view(), self.data)
 
-    def doctor(self, *, repair: bool = False, verify: bool = True) -> list[checkup.Finding]:
+    def doctor(
+        self, *, repair: bool = False, verify: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> list[checkup.Finding]:
         """Examine everything: index, sidecars, files, leftovers; with `repair`, mend what can be mended.
 
         Args:
             repair: set aside a broken index and rebuild it, adopt files without a record, quarantine
                 damaged files, and remove what crashes left behind.
             verify: read every file and compare its digest, which takes as long as reading them.
+            progress: called with the bytes verified so far and the bytes in all.
         """
-        return checkup.examine(self.ledger, repair=repair, verify=verify)
+        return checkup.examine(self.ledger, repair=repair, verify=verify, progress=progress)
 
     def rerank(self, **settings: Any) -> list[checkup.Move]:
         """What would move if quality were scored with other settings, such as ``quality_weight_loss=0.5``.

@@ -186,6 +186,20 @@ def as_float(value: Any, name: str) -> float:
         raise InvalidValue(name=name, value=value, reason="it is not a number") from error
 
 
+def text(value: Any, name: str) -> str:
+    """`value`, or InvalidValue when it isn't text."""
+    if not isinstance(value, str):
+        raise InvalidValue(name=name, value=value, reason="it must be text")
+    return str(value)
+
+
+def texts(values: Any, name: str) -> tuple[str, ...]:
+    """`values` as a tuple of texts, or InvalidValue; a text alone is refused, for it would count letter by letter."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InvalidValue(name=name, value=values, reason="it must be a list of texts")
+    return tuple(text(value, f"{name}[{position}]") for position, value in enumerate(values))
+
+
 # --- records -------------------------------------------------------------------------------------
 
 
@@ -474,7 +488,7 @@ def _plain_types(cls: type[Any]) -> Mapping[str, type | None]:
     return {name: _AS_IT_STANDS.get(reader) for name, reader in readers.items()}
 
 
-def _from_json(cls: type[Any], data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
+def _from_json(cls: Any, data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("id") is None:
         raise ValueError(f"a {cls.__name__} must be a mapping with an id")
     kind: Any = cls

@@ -3,9 +3,10 @@
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -15,7 +16,16 @@ from ckptcache.catalog import Catalog
 from ckptcache.environment import environment
 from ckptcache.errors import CkptCacheError, InvalidValue, NoSpace, NotSavable, SaveFailed
 from ckptcache.ledger import Change, Ledger
-from ckptcache.metadata import CheckpointMetadata, SessionRecord, as_float, jsonable, new_checkpoint_id, utc_now
+from ckptcache.metadata import (
+    CheckpointMetadata,
+    SessionRecord,
+    as_float,
+    jsonable,
+    new_checkpoint_id,
+    text,
+    texts,
+    utc_now,
+)
 from ckptcache.policy import quality
 from ckptcache.policy.compatibility import Description, architecture_key
 from ckptcache.state.capture import Captured, capture, walk
@@ -39,6 +49,8 @@ class Draft:
     piece: Index
     """The configurations and the fingerprint that the record names."""
     session: SessionRecord | None = None
+    architecture: str = ""
+    """What stands for the model in the id."""
 
 
 class Saver:
@@ -48,7 +60,7 @@ class Saver:
         self._ledger = ledger
         self._on_evicted = on_evicted
         self._thread: threading.Thread | None = None
-        self._error: CkptCacheError | None = None
+        self._error: BaseException | None = None
 
     # --- describing ------------------------------------------------------------------------------
 
@@ -66,8 +78,7 @@ class Saver:
         captured = capture(state)
         piece = Index()
         names: dict[str, Any] = {
-            name: piece.store_config(None if value is None else jsonable(value, name))
-            for name, value in configs.items()
+            name: piece.store_config(None if value is None else _config(value, name)) for name, value in configs.items()
         }
         names["fingerprint"] = piece.store_fingerprint(captured.fingerprint)
         key = architecture_key(
@@ -83,23 +94,28 @@ class Saver:
             environment=environment(),
             **names,
             **numbers,
-            **described,
+            **_described(described),
         )
-        return Draft(captured.state, record, piece, session)
+        return Draft(captured.state, record, piece, session, key)
 
     # --- writing ---------------------------------------------------------------------------------
 
     def write(self, draft: Draft) -> CheckpointMetadata:
         """Write a checkpoint and commit it; raises SaveFailed or NoSpace, with everything as it was before."""
         self.wait()
-        return self._write(draft)
+        return self._write(*self._reserve(draft))
 
     def write_later(self, draft: Draft) -> CheckpointMetadata:
         """Copy the state and write it in a thread; the record has neither size nor digest yet."""
         self.wait()
-        staged = dataclasses.replace(draft, state=snapshot(draft.state))
+        draft, publication = self._reserve(draft)
+        try:
+            staged = dataclasses.replace(draft, state=snapshot(draft.state))
+        except BaseException:
+            _withdraw(publication)
+            raise
         # Not a daemon: the interpreter waits for it at exit, so that no half file is left behind.
-        self._thread = threading.Thread(target=self._write_quietly, args=(staged,), name="ckptcache-save")
+        self._thread = threading.Thread(target=self._write_quietly, args=(staged, publication), name="ckptcache-save")
         self._thread.start()
         return draft.record
 
@@ -112,37 +128,53 @@ class Saver:
         if error is not None:
             raise error
 
-    def _write_quietly(self, draft: Draft) -> None:
+    def _write_quietly(self, draft: Draft, publication: Publication) -> None:
         try:
-            self._write(draft)
-        except CkptCacheError as error:
+            self._write(draft, publication)
+        except BaseException as error:
+            # Said at once as well: a process may end before anybody asks.
+            log.error("a save in the background failed: %s", error)
             self._error = error
 
-    def _write(self, draft: Draft) -> CheckpointMetadata:
-        id, layout = draft.record.id, self._ledger.layout
+    def _reserve(self, draft: Draft) -> tuple[Draft, Publication]:
+        """Create the file, under an id that no other writer has: in one second, many processes may reach one iteration.
+
+        The file is there before the others are looked for, so that of two writers at least one notices.
+        """
+        layout = self._ledger.layout
         _check_space(draft, layout.checkpoints)
         self._ledger.hold(self._ledger.writer)
-        publication: Publication | None = None
+        while True:
+            id = draft.record.id
+            with _as_save_failed(id, layout.checkpoints):
+                publication = Publication(layout, id, self._ledger.writer)
+                own = publication.file.path.name
+                if not any(name.startswith(f"{id}.") and name != own for name in fs.scan(layout.checkpoints)):
+                    return draft, publication
+                publication.withdraw()
+            record = dataclasses.replace(draft.record, id=new_checkpoint_id(draft.record.iteration, draft.architecture))
+            draft = dataclasses.replace(draft, record=record)
+
+    def _write(self, draft: Draft, publication: Publication) -> CheckpointMetadata:
+        id, layout = draft.record.id, self._ledger.layout
         try:
-            publication = Publication(layout, id, self._ledger.writer)
-            written = ptfile.write(publication.file, draft.state, _embedded(draft))
-            publication.file.sync()
+            with _as_save_failed(id, layout.checkpoints):
+                written = ptfile.write(publication.file, draft.state, _embedded(draft))
+                publication.file.sync()
             record = dataclasses.replace(draft.record, size=written.size, digest=written.digest)
             with self._ledger.change() as change:
-                record = self._commit(change, publication, dataclasses.replace(draft, record=record))
-                publication = None
+                with _as_save_failed(id, layout.checkpoints):
+                    record = self._commit(change, publication, dataclasses.replace(draft, record=record))
+                publication.keep()
                 self._prune(change, record)
-        except BaseException as error:
-            if publication is not None:
-                _withdraw(publication)
-            if isinstance(error, CkptCacheError):
-                raise
-            if isinstance(error, OSError | RuntimeError):
-                raise SaveFailed(id=id, path=layout.checkpoints, reason=_reason(error)) from error
+        except BaseException:
+            _withdraw(publication)
             raise
         return record
 
     def _commit(self, change: Change, publication: Publication, draft: Draft) -> CheckpointMetadata:
+        if draft.record.id in change.index.checkpoints:
+            raise OSError(f"another checkpoint has the id {draft.record.id}; save again")
         before = change.index.copy()
         record = dataclasses.replace(draft.record, sequence=change.index.sequence + 1)
         change.put(record, draft.piece)
@@ -155,12 +187,24 @@ class Saver:
             publication.publish(sidecar_bytes(record, draft.piece))
             change.commit()
         except BaseException:
-            # The new index may stand on the disk already, unsynced: put the old one back before the files go.
-            change.index, change.is_dirty = before, False
-            with suppress(OSError):
-                change.commit()
+            # Still under the lock, or another process could take up what is about to go.
+            if self._roll_back(change, before, record.id):
+                _withdraw(publication)
+            publication.keep()
             raise
         return record
+
+    def _roll_back(self, change: Change, before: Index, id: str) -> bool:
+        """Put the old index back; returns False where the disk refuses, so that what it now names has to stay."""
+        change.index, change.is_dirty = before, False
+        try:
+            # Where the new one never took the old one's place there is nothing to do, and less that can fail.
+            if id in (self._ledger.file.read() or Index()).checkpoints:
+                change.commit()
+        except (OSError, CkptCacheError) as error:
+            log.error("the index may name %s, whose save failed: %s", id, error)
+            return False
+        return True
 
     def _prune(self, change: Change, record: CheckpointMetadata) -> None:
         """Keep the limits. The checkpoint counts already, so that a failure here is said and survived."""
@@ -204,16 +248,41 @@ def _measured(given: Mapping[str, Any], captured: Captured) -> dict[str, Any]:
     return {
         **numbers,
         "iteration": _iteration(given["iteration"]),
-        "last_val_loss_iteration": given["last_val_loss_iteration"],
+        "last_val_loss_iteration": None
+        if given["last_val_loss_iteration"] is None
+        else _iteration(given["last_val_loss_iteration"], "last_val_loss_iteration"),
         "metrics": {str(name): as_float(value, f"metrics.{name}") for name, value in given["metrics"].items()},
         "learning_rate": _rates(given["learning_rate"]) or captured.learning_rate,
     }
 
 
-def _iteration(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 0:
-        raise InvalidValue(name="iteration", value=value, reason="it must be a whole number of at least 0")
-    return int(value)
+def _iteration(value: Any, name: str = "iteration") -> int:
+    try:
+        number = int(value)
+        is_whole = number == value and not isinstance(value, bool) and 0 <= number < 2**53
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        is_whole = False
+    if not is_whole:
+        raise InvalidValue(name=name, value=value, reason="it must be a whole number of at least 0")
+    return number
+
+
+def _config(value: Any, name: str) -> Mapping[str, Any]:
+    plain = jsonable(value, name)
+    if not isinstance(plain, dict):
+        raise InvalidValue(name=name, value=value, reason="it must be a mapping, a dataclass or a namespace")
+    return plain
+
+
+def _described(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The words of a record; anything but text would make an index that can't be read again."""
+    return {
+        **given,
+        "tags": texts(given["tags"], "tags"),
+        "parents": texts(given["parents"], "parents"),
+        "notes": text(given["notes"], "notes"),
+        "save_reason": text(given["save_reason"], "save_reason"),
+    }
 
 
 def _rates(given: float | Iterable[float] | None) -> tuple[float, ...]:
@@ -229,7 +298,7 @@ def _embedded(draft: Draft) -> dict[str, Any]:
     return document
 
 
-def _check_space(draft: Draft, folder: Any) -> None:
+def _check_space(draft: Draft, folder: Path) -> None:
     storages = {
         (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
         for _, t in walk(draft.state)
@@ -238,6 +307,14 @@ def _check_space(draft: Draft, folder: Any) -> None:
     needed, free = sum(storages.values()) + _OVERHEAD, fs.free_bytes(folder)
     if needed > free:
         raise NoSpace(id=draft.record.id, path=folder, needed=needed, free=free)
+
+
+@contextmanager
+def _as_save_failed(id: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise SaveFailed(id=id, path=path, reason=_reason(error)) from error
 
 
 def _withdraw(publication: Publication) -> None:

@@ -1,13 +1,14 @@
 """Checkpoints to files that others read, and from files that others wrote."""
 
+import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from ckptcache.errors import CheckpointMissing, ExportFailed
+from ckptcache.errors import CheckpointMissing, CkptCacheError, ExportFailed
 from ckptcache.metadata import CheckpointMetadata, decode_float, is_valid_id, jsonable
 from ckptcache.storage import fs
 
@@ -36,23 +37,24 @@ def export(
         _write(temp, state if everything else state["model"], record, path.suffix, everything)
         temp.sync()
         temp.publish()
+        fs.sync_folder(path.parent)
     except BaseException as error:
         temp.discard()
         if isinstance(error, OSError | RuntimeError):
             raise ExportFailed(id=record.id, path=path, reason=str(error).split("\n")[0]) from error
         raise
-    fs.sync_folder(path.parent)
     return path
 
 
 def _write(
     temp: fs.TempFile, state: Mapping[str, Any], record: CheckpointMetadata, ending: str, everything: bool
 ) -> None:
-    import torch
     from safetensors.torch import save
 
+    from ckptcache.storage import ptfile
+
     if ending == ".pt":
-        torch.save(dict(state), cast(IO[bytes], temp))
+        ptfile.write_plain(temp, state)
         return
     tensors = _flat_tensors(state)
     described = orjson.dumps(record.to_json()).decode()
@@ -88,6 +90,9 @@ def read_foreign(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     source = dict(content.state)
     if content.record is not None:
         source |= _own_record(content.record)
+        described["extra"] = source.pop("extra", {})
+    elif isinstance(source.get("global_step"), int):
+        source.setdefault("iteration", source["global_step"])  # as Lightning calls it
     for name in _TAKEN_FROM_FILE:
         if name in source and _is_usable(name, source[name]):
             described[name] = source[name]
@@ -108,9 +113,11 @@ def _own_record(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_usable(name: str, value: Any) -> bool:
     try:
-        if name in ("model_config", "data_config", "metrics"):
+        if name in ("model_config", "data_config"):
             return isinstance(jsonable(value), dict)
+        if name == "metrics":
+            return all(math.isfinite(decode_float(number, str(key))) for key, number in value.items())
         decode_float(value, name)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError, CkptCacheError):
         return False
     return name != "iteration" or (isinstance(value, int) and value >= 0)

@@ -21,6 +21,9 @@ from ckptcache.state.rng import generator_access
 NDARRAY = "__ndarray__"
 """Marks a tensor that was a NumPy array, so that it comes back as one."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_KEYS = (str, int, float, bool, type(None))
+_MAX_INT_BITS = 255 * 8
+"""torch's restricted unpickler knows no longer ones."""
 _REMEDY = "save its values as tensors, numbers, text, lists or mappings, or give it a state_dict()"
 
 
@@ -57,7 +60,7 @@ def capture(objects: Mapping[str, Any]) -> Captured:
 def to_plain(value: Any, key: str) -> Any:
     """`value` as tensors and plain values; raises NotSavable with the `key` of what can't be."""
     if type(value) in _PLAIN:
-        return value
+        return _plain_value(value, key)
     if isinstance(value, torch.Tensor):
         return _plain_tensor(value, key)
     if isinstance(value, np.ndarray):
@@ -73,11 +76,25 @@ def to_plain(value: Any, key: str) -> Any:
     return _plain_container(value, key)
 
 
+def _plain_value(value: Any, key: str) -> Any:
+    if type(value) is int and value.bit_length() >= _MAX_INT_BITS:
+        raise NotSavable(key=key, kind=f"a whole number of more than {_MAX_INT_BITS} bits", remedy="save it as text")
+    return value
+
+
+def _is_plain_key(name: Any) -> bool:
+    return type(name) in _KEYS or (type(name) is tuple and all(_is_plain_key(part) for part in name))
+
+
 def _plain_container(value: Any, key: str) -> Any:
     if type(value) in (dict, OrderedDict):
         for name in value:
-            if type(name) not in (str, int, float, bool, type(None), tuple):
-                raise NotSavable(key=key, kind=f"a mapping with a {type(name).__name__} for a key", remedy=_REMEDY)
+            if not _is_plain_key(name):
+                raise NotSavable(key=key, kind=f"a mapping with the key {name!r}", remedy=_REMEDY)
+        if set(value) == {NDARRAY}:
+            raise NotSavable(
+                key=key, kind=f"a mapping with {NDARRAY!r} alone", remedy="that key marks arrays: rename it"
+            )
         return type(value)((name, to_plain(item, f"{key}.{name}")) for name, item in value.items())
     if type(value) in (list, tuple, set):
         return type(value)(to_plain(item, f"{key}[{position}]") for position, item in enumerate(value))
@@ -99,6 +116,8 @@ def _plain_tensor(value: torch.Tensor, key: str) -> torch.Tensor:
 
 
 def _plain_array(value: np.ndarray[Any, Any], key: str) -> torch.Tensor:
+    if isinstance(value, np.ma.MaskedArray):
+        raise NotSavable(key=key, kind="a masked NumPy array", remedy="save its data and its mask as two arrays")
     native = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
     try:
         return torch.from_numpy(native.reshape(value.shape).copy())

@@ -5,8 +5,10 @@ number generators at the very end; any failure puts everything back.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from ckptcache.state.capture import NDARRAY, describe
 from ckptcache.state.names import canonical_names
 from ckptcache.state.rng import capture_rng, generator_access, restore_rng
 
+log = logging.getLogger("ckptcache")
 RNG = "rng"
 """The part that holds the global random number generators."""
 
@@ -36,7 +39,7 @@ class RestoreReport:
 def from_plain(value: Any) -> Any:
     """A saved tree with NumPy arrays where arrays were saved."""
     if isinstance(value, Mapping):
-        if set(value) == {NDARRAY}:
+        if set(value) == {NDARRAY} and isinstance(value[NDARRAY], torch.Tensor):
             return value[NDARRAY].numpy()
         return type(value)((key, from_plain(item)) for key, item in value.items())  # type: ignore[call-arg]
     if type(value) in (list, tuple):
@@ -57,15 +60,13 @@ def apply(targets: Mapping[str, Any], state: Mapping[str, Any], *, id: str, rng:
     undo: list[Callable[[], None]] = []
     try:
         for key, target in pairs:
-            undo.append(_kept(target))
-            _restore_one(key, target, state[key], id)
+            _guarded(key, id, partial(_restore_kept, target, state[key], key, undo))
         if rng and RNG in state:
             generators = capture_rng()
             undo.append(lambda: restore_rng(generators))
             _guarded(RNG, id, lambda: restore_rng(from_plain(state[RNG])))
     except BaseException:
-        for put_back in reversed(undo):
-            put_back()
+        _put_all_back(undo)
         raise
     restored = {key for key, _ in pairs} | ({RNG} if rng and RNG in state else set())
     return RestoreReport(
@@ -79,15 +80,71 @@ def _order(target: Any) -> int:
     return 2 if isinstance(target, nn.Module) else 1 if isinstance(target, torch.optim.Optimizer) else 0
 
 
-def _restore_one(key: str, target: Any, saved: Any, id: str) -> None:
+def _restore_kept(target: Any, saved: Any, key: str, undo: list[Callable[[], None]]) -> None:
+    undo.append(_kept(target))
+    _restore_one(target, saved, key)
+
+
+def _put_all_back(undo: list[Callable[[], None]]) -> None:
+    for put_back in reversed(undo):
+        try:
+            put_back()
+        except Exception:  # one object that refuses its own state must not keep the others from theirs
+            log.exception("an object could not be put back to what it was before the failed restore")
+
+
+def _restore_one(target: Any, saved: Any, key: str) -> None:
+    """Fill one object, or each object in a tree of them."""
     if isinstance(target, nn.Module):
-        _guarded(key, id, lambda: _load_module(target, saved))
+        _load_module(target, saved)
     elif (access := generator_access(target)) is not None:
-        _guarded(key, id, lambda: access[1](from_plain(saved)))
+        access[1](from_plain(saved))
     elif hasattr(target, "load_state_dict"):
-        _guarded(key, id, lambda: target.load_state_dict(from_plain(saved)))
+        target.load_state_dict(from_plain(saved))
+    elif isinstance(target, dict) and isinstance(saved, Mapping):
+        _restore_mapping(target, saved, key)
+    elif isinstance(target, list | tuple) and any(_is_filled(item) for item in target):
+        _restore_sequence(target, saved, key)
     else:
-        _guarded(key, id, lambda: _fill(target, from_plain(saved), key))
+        _fill(target, from_plain(saved), key)
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a value in a tree is changed in place, and not replaced by what was saved."""
+    if isinstance(value, torch.Tensor | np.ndarray | dict | list) or hasattr(value, "load_state_dict"):
+        return True
+    return generator_access(value) is not None or (isinstance(value, tuple) and any(_is_filled(v) for v in value))
+
+
+def _restore_mapping(target: dict[Any, Any], saved: Mapping[Any, Any], key: str) -> None:
+    for name, value in saved.items():
+        if _is_filled(target.get(name)):
+            _restore_one(target[name], value, f"{key}.{name}")
+        else:
+            target[name] = from_plain(value)
+
+
+def _restore_sequence(target: list[Any] | tuple[Any, ...], saved: Any, key: str) -> None:
+    plain = isinstance(target, list) and not any(_holds_object(item) for item in target)
+    if plain and isinstance(saved, list | tuple):
+        target[:] = from_plain(saved)  # type: ignore[index]
+        return
+    if not isinstance(saved, list | tuple) or len(saved) != len(target):
+        raise ValueError(f"{key} needs {len(target)} entries")
+    for position, (item, value) in enumerate(zip(target, saved, strict=True)):
+        if _is_filled(item):
+            _restore_one(item, value, f"{key}[{position}]")
+        elif isinstance(target, list):
+            target[position] = from_plain(value)
+
+
+def _holds_object(value: Any) -> bool:
+    """Whether a value is, or holds, an object that what was saved of it can't replace."""
+    if isinstance(value, dict):
+        return any(_holds_object(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_object(item) for item in value)
+    return hasattr(value, "load_state_dict") or generator_access(value) is not None
 
 
 def _guarded(key: str, id: str, restore: Callable[[], Any]) -> None:
@@ -119,51 +176,73 @@ def _load_module(module: nn.Module, saved: Mapping[str, Any]) -> None:
 
 def _fill(target: Any, saved: Any, key: str) -> None:
     if isinstance(target, torch.Tensor):
-        if not isinstance(saved, torch.Tensor) or saved.shape != target.shape:
-            raise ValueError(f"{key} needs a tensor of shape {list(target.shape)}")
+        if not isinstance(saved, torch.Tensor) or describe(saved) != describe(target):
+            raise ValueError(f"{key} needs {describe(target)}, and {_said(saved)} was saved")
         with torch.no_grad():
             target.copy_(saved)
     elif isinstance(target, np.ndarray):
-        np.copyto(target, np.asarray(saved))
-    elif isinstance(target, dict) and isinstance(saved, Mapping):
-        _fill_mapping(target, saved, key)
+        # copyto alone would broadcast, and cast.
+        if not isinstance(saved, np.ndarray) or saved.shape != target.shape:
+            raise ValueError(f"{key} needs an array of shape {list(target.shape)}, and {_said(saved)} was saved")
+        np.copyto(target, saved, casting="equiv")
     elif isinstance(target, list) and isinstance(saved, list | tuple):
         target[:] = saved
     elif type(target) is not type(saved) or target != saved:
         raise ValueError(f"a {type(target).__name__} can't be changed in place: keep it in a dict, or use load()")
 
 
-def _fill_mapping(target: dict[Any, Any], saved: Mapping[Any, Any], key: str) -> None:
-    for name, value in saved.items():
-        held = target.get(name)
-        if isinstance(held, torch.Tensor | np.ndarray | dict | list):
-            _fill(held, value, f"{key}.{name}")
-        elif held is not None and hasattr(held, "load_state_dict"):
-            held.load_state_dict(value)
-        else:
-            target[name] = value
+def _said(saved: Any) -> str:
+    if isinstance(saved, torch.Tensor):
+        return describe(saved)
+    if isinstance(saved, np.ndarray):
+        return f"an array of {saved.dtype} of shape {list(saved.shape)}"
+    return f"a {type(saved).__name__}"
 
 
 # --- putting back --------------------------------------------------------------------------------
 
 
 def _kept(target: Any) -> Callable[[], None]:
-    """A function that gives `target` the state that it has now."""
+    """A function that gives `target`, and every object in it, the state that it has now."""
     if (access := generator_access(target)) is not None:
         before = copy.deepcopy(access[0]())
         return lambda: access[1](before)
     if callable(getattr(target, "load_state_dict", None)) and callable(getattr(target, "state_dict", None)):
         state = copy.deepcopy(target.state_dict())
         return lambda: _discard(target.load_state_dict(state))
-    held = copy.deepcopy(target)
-    return lambda: _put_back(target, held)
-
-
-def _put_back(target: Any, held: Any) -> None:
+    if isinstance(target, torch.Tensor):
+        values = target.detach().clone()
+        return lambda: _fill(target, values, "state")
+    if isinstance(target, np.ndarray):
+        array = target.copy()
+        return lambda: np.copyto(target, array)
     if isinstance(target, dict):
-        for name in [name for name in target if name not in held]:
-            del target[name]
-    _fill(target, held, "state")
+        return _kept_mapping(target)
+    return _kept_sequence(target) if isinstance(target, list | tuple) else lambda: None
+
+
+def _kept_mapping(target: dict[Any, Any]) -> Callable[[], None]:
+    items, inner = dict(target), [_kept(value) for value in target.values()]
+
+    def put_back() -> None:
+        target.clear()
+        target.update(items)
+        for restore in inner:
+            restore()
+
+    return put_back
+
+
+def _kept_sequence(target: list[Any] | tuple[Any, ...]) -> Callable[[], None]:
+    items, inner = list(target), [_kept(value) for value in target]
+
+    def put_back() -> None:
+        if isinstance(target, list):
+            target[:] = items
+        for restore in inner:
+            restore()
+
+    return put_back
 
 
 def _discard(_: object) -> None:

@@ -98,11 +98,12 @@ def ensure_folder(path: Path) -> Path:
     try:
         if path.is_dir():
             return path
-        if path.exists() or path.is_symlink():
-            raise CacheDirIsFile(path=path)
         ensure_folder(path.parent)
-        with suppress(FileExistsError):
+        try:
             system.mkdir(path)
+        except FileExistsError:
+            if not path.is_dir():  # else somebody else has made it since
+                raise CacheDirIsFile(path=path) from None
         system.fsync_folder(path.parent)
     except OSError as error:
         raise CacheDirNotWritable(path=path.parent, reason=reason_of(error)) from error
@@ -243,17 +244,24 @@ def _write_all(fd: int, data: memoryview) -> None:
         data = data[system.write(fd, data) :]
 
 
-def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
-    """Write a small file so that readers, and a power cut, see the old one or the new, whole and durable."""
+@contextmanager
+def replacing(path: Path, *, writer: str) -> Iterator[TempFile]:
+    """A temporary file that is durable and at `path` when the block ends, never before; one that fails goes."""
     temp = TempFile(path, writer)
     try:
-        temp.write(data)
+        yield temp
         temp.sync()
         temp.publish()
     except BaseException:
         temp.discard()
         raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
+    """Write a small file so that readers, and a power cut, see the old one or the new, whole and durable."""
+    with replacing(path, writer=writer) as temp:
+        temp.write(data)
 
 
 def keep_generation(path: Path, kept: Path, *, writer: str) -> None:
@@ -345,21 +353,14 @@ def reason_of(error: OSError) -> str:
 
 @contextmanager
 def locked(path: Path, *, timeout: float = LOCK_TIMEOUT, poll: float = 0.002) -> Iterator[None]:
-    """Hold the cross-process lock file `path`, which is created at need and never removed.
-
-    Threads of one process exclude each other too, since each call opens the file anew. A lock of
-    their own beside it was rejected: it would make a short wait for one file as long as the longest
-    for any other, and a child forked while another thread holds it would wait for ever.
-
-    Args:
-        path: the lock file; its folder must exist.
-        timeout: seconds to wait; infinity waits for as long as it takes.
-        poll: seconds between two attempts.
+    """Hold the cross-process lock file `path`, which is created at need and never removed; looks every `poll` seconds.
 
     Raises:
-        LockTimeout: another process or thread kept it for `timeout` seconds.
+        LockTimeout: another process or thread kept it for `timeout` seconds, which may be infinite.
         OSError: the file can't be created or opened.
     """
+    # Threads exclude each other by it too, as each opens the file anew. A lock of their own would make
+    # every wait as long as the longest, and a child forked while it is held would wait for ever.
     lock = FileLock(path, poll_interval=poll)
     try:
         lock.acquire(timeout=timeout)
@@ -387,10 +388,9 @@ class Lease:
         # Whoever looks whether it is held takes it for an instant, hence not timeout=0.
         try:
             self._lock.acquire(timeout=LOCK_TIMEOUT)
+            self._sign()
         except Timeout as error:
             raise LockTimeout(path=path, seconds=LOCK_TIMEOUT) from error
-        try:
-            self._sign()
         except BaseException:
             self.release()
             raise
@@ -404,8 +404,9 @@ class Lease:
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
-        if os.getpid() != self._owner or not self._lock.is_locked:
+        if os.getpid() != self._owner:
             return
+        # Whether it is still locked says nothing: at exit filelock may have released it before.
         with suppress(OSError):
             system.unlink(self.path)
         self._lock.release()

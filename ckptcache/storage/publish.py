@@ -31,6 +31,10 @@ class Publication:
             temp.publish()
         fs.sync_folder(self._layout.checkpoints)
 
+    def keep(self) -> None:
+        """Leave what was published as it is, whatever comes."""
+        self._published = False
+
     def withdraw(self) -> None:
         """Remove every trace of it, whatever had been done."""
         for temp in self._temps:

@@ -194,6 +194,36 @@ def test_a_folder_is_made_with_its_parents_once(tmp_path: Path) -> None:
     assert counting.operations == ["mkdir", "fsync_folder"] * 2
 
 
+def test_many_may_make_one_folder_at_once(tmp_path: Path) -> None:
+    failures = []
+
+    def make(path: Path, together: threading.Barrier) -> None:
+        together.wait()
+        try:
+            fs.ensure_folder(path)
+        except CacheDirIsFile as error:
+            failures.append(error)
+
+    for i in range(300):
+        together = threading.Barrier(3)
+        threads = [threading.Thread(target=make, args=(tmp_path / str(i), together)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_a_folder_that_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> None:
+    class Overtaken(fs.System):
+        def mkdir(self, path: Path) -> None:
+            path.mkdir()
+            super().mkdir(path)
+
+    with swapped(Overtaken()):
+        assert fs.ensure_folder(tmp_path / "a" / "b").is_dir()
+
+
 @pytest.mark.parametrize("path", ["file", "file/below", "dangling"])
 def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").touch()
@@ -213,6 +243,7 @@ def test_a_folder_that_cannot_be_made_is_a_typed_error(tmp_path: Path, error: in
 def test_a_folder_that_may_not_be_looked_into_is_a_typed_error(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
+    tmp_path.chmod(0o755)
 
     def body() -> None:
         os.chdir(closed.parent)
@@ -258,13 +289,13 @@ def test_a_file_that_goes_while_a_folder_is_scanned_hides_no_other(tmp_path: Pat
 # --- reading -------------------------------------------------------------------------------------
 
 
-def test_only_regular_files_are_opened_and_nothing_hangs(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened_and_nothing_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     (tmp_path / "link").symlink_to(tmp_path / "f")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
-        os.chdir(tmp_path)  # a socket's path may have 107 bytes
+        monkeypatch.chdir(tmp_path)  # a socket's path may have 107 bytes
         listener.bind("socket")
         for name in ("link", "folder", "pipe", "socket"):
             with pytest.raises(NotACheckpoint, match=f"{name} .*not a regular file"):
@@ -466,10 +497,12 @@ def test_a_lease_that_may_not_be_tried_is_unknown(tmp_path: Path) -> None:
     path = tmp_path / "s.lock"
     fs.Lease(path)
     path.chmod(0o444)
+    tmp_path.chmod(0o755)
 
     def body() -> None:
         os.chdir(tmp_path)
         os.setuid(65534)
+        assert Path("s.lock").read_bytes()
         assert fs.lease_state(Path("s.lock")) == "unknown"
 
     assert run_child(body) == 0
