@@ -423,7 +423,8 @@ def test_an_index_that_lost_a_part_is_damaged_and_not_empty(part):
 
 def test_an_index_that_lost_its_version_is_not_taken_for_the_oldest_layout():
     document = orjson.loads(serialise(real_index()))
-    del document["schema_version"]
+    del document["schema_version"], document["future"]
+    assert all(isinstance(part, dict) for part in document.values())
     with pytest.raises(IndexDamaged, match="schema_version"):
         parsed(document)
 
@@ -631,6 +632,11 @@ def test_half_a_surrogate_pair_in_a_note_costs_that_character_only():
 def test_a_record_that_cannot_be_upgraded_is_named():
     with pytest.raises(IndexDamaged, match=r"'ckpt_20240101_090909'.*iteration"):
         parsed({"ckpt_20240101_090909": {"iteration": [1]}})
+
+
+def test_a_configuration_of_the_oldest_layout_that_is_nested_too_deeply_is_refused():
+    with pytest.raises(IndexDamaged, match=r"'a'.*nested"):
+        parsed({"a": {"model_config": nested(100)}})
 
 
 def test_an_empty_mapping_is_an_empty_cache_of_the_oldest_layout():
