@@ -454,9 +454,15 @@ class TrainingCache:
             change.put(record.changed(**fields(record)))
             return change.catalog().scored(change.index.checkpoints[record.id])
 
-    def record_session(self, session: SessionRecord) -> SessionRecord:
-        """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept."""
+    def record_session(self, session: SessionRecord, configs: Mapping[str, Any] | None = None) -> SessionRecord:
+        """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept.
+
+        Args:
+            configs: its model's, training's and data's configuration by name, as plain values.
+        """
         with self.ledger.change() as change:
+            if configs is not None:
+                session = dataclasses.replace(session, config=change.index.store_config(dict(configs)))
             if session.sequence == 0:
                 session = dataclasses.replace(session, sequence=change.index.sequence + 1)
             change.put_session(session)
