@@ -129,14 +129,13 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     return records[matches[0]]
 
 
-def why_not(explanations: list[Explanation], limit: int = 5) -> list[str]:
-    """Why checkpoints can't be resumed from: a line per reason, those that share it counted; at most `limit`."""
-    by_reason: dict[str, list[str]] = {}
-    for explanation in explanations:
-        if not explanation.eligible:
-            by_reason.setdefault(explanation.reason, []).append(explanation.record.id)
-    lines = [
-        f"{ids[0]}{f' and {len(ids) - 1} more' if len(ids) > 1 else ''}: {reason}" for reason, ids in by_reason.items()
-    ]
-    more = len(lines) - limit
-    return [*lines[:limit], f"and {more} more reasons (`ckptcache explain` lists all)"] if more > 0 else lines
+def why_not(explanations: list[Explanation], limit: int = 10) -> list[str]:
+    """For each checkpoint that can't be resumed from a line that says why; a reason is spelled out once."""
+    rejected = [e for e in explanations if not e.eligible]
+    lines: list[str] = []
+    seen: set[str] = set()
+    for e in rejected[:limit]:
+        lines.append(f"{e.record.id}: {'likewise' if e.reason in seen else e.reason}")
+        seen = {e.reason}
+    more = len(rejected) - limit
+    return [*lines, f"and {more} more (`ckptcache explain` lists all)"] if more > 0 else lines

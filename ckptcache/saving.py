@@ -314,7 +314,7 @@ def _as_save_failed(id: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise SaveFailed(id=id, path=path, reason=_reason(error)) from error
+        raise SaveFailed(id=id, path=path, reason=fs.reason_behind(error)) from error
 
 
 def _withdraw(publication: Publication) -> None:
@@ -322,13 +322,3 @@ def _withdraw(publication: Publication) -> None:
         publication.withdraw()
     except OSError as error:
         log.warning("what was left of a failed save could not be removed: %s", fs.reason_of(error))
-
-
-def _reason(error: BaseException) -> str:
-    # torch turns an OSError of the file it writes to into a RuntimeError of its own.
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return fs.reason_of(cause)
-        cause = cause.__cause__ or cause.__context__
-    return str(error).split("\n")[0]

@@ -356,7 +356,7 @@ def test_a_state_dict_of_the_users_own_is_refused_by_the_key_inside_it(tmp_path)
         {"model_config": {"f": print}},
         {"data_config": [1]},
     ],
-    ids=repr,
+    ids=lambda given: "{}={}".format(*next((k, type(v).__name__) for k, v in given.items())),
 )
 def test_a_wrong_argument_is_named_and_nothing_is_written(tmp_path, given):
     cache = TrainingCache(tmp_path / "c")

@@ -348,6 +348,19 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
+def reason_behind(error: BaseException) -> str:
+    """The system error that an error came of, in the system's own words; the error's first line without one.
+
+    torch turns an OSError of the file that it writes to into a RuntimeError of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return reason_of(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n")[0]
+
+
 # --- locks ---------------------------------------------------------------------------------------
 
 

@@ -170,14 +170,13 @@ def test_a_file_without_record_or_sidecar_is_unrecorded(full):
     assert full.observe().unrecorded == {"stray": path}
 
 
-def test_files_beside_the_index_count_where_it_names_them_as_in_the_oldest_layout(cache):
+def test_files_beside_the_index_count_as_in_the_oldest_layout_and_strangers_there_do_not(cache):
     cache.put(A)
     cache.layout.checkpoint(A).rename(cache.layout.root / f"{A}.pt")
     (cache.layout.root / "stray.pt").write_bytes(b"x")
     seen = cache.observe()
     assert set(seen.available) == {A}
-    # Another may be an export that somebody put there: taken up, it could be evicted.
-    assert seen.unrecorded == {}
+    assert seen.unrecorded == {}, "an export, say, which must not be taken up and then evicted"
 
 
 @pytest.mark.parametrize(
