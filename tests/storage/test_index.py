@@ -152,6 +152,17 @@ def test_what_has_no_json_form_is_refused_by_name():
         serialise(index)
 
 
+@pytest.mark.parametrize("kind", [CheckpointMetadata, SessionRecord])
+def test_a_record_that_is_read_is_like_one_that_is_made_and_shares_nothing_with_another(kind):
+    first, second = kind.from_json({"id": "a"}), kind.from_json({"id": "a"})
+    assert first == second == kind(id="a")
+    for field in dataclasses.fields(kind):
+        value = getattr(first, field.name)
+        assert not isinstance(value, dict) or value is not getattr(second, field.name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.sequence = 5
+
+
 def test_reading_leaves_the_garbage_collector_as_it_was():
     parse(serialise(real_index()), PATH)
     assert gc.isenabled()
