@@ -5,7 +5,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckptcache.catalog import Catalog
@@ -61,8 +61,9 @@ class Ledger:
     """One cache folder's index, seen from one process."""
 
     def __init__(self, root: Path, config: CacheConfig) -> None:
-        if root.exists() and not root.is_dir():
-            raise CacheDirIsFile(path=root)
+        with suppress(OSError):  # of a folder that can't be looked into, whoever reads or writes there will tell
+            if root.exists() and not root.is_dir():
+                raise CacheDirIsFile(path=root)
         self.layout = Layout(root)
         self.config = config
         self.file = IndexFile(root)
