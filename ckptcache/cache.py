@@ -192,6 +192,10 @@ class TrainingCache:
 
     # --- looking ---------------------------------------------------------------------------------
 
+    def view(self) -> Catalog:
+        """Everything at one instant: records, scores, groups and verdicts that belong together."""
+        return self._catalog()
+
     def checkpoints(self, *, everything: bool = False) -> list[CheckpointMetadata]:
         """The available checkpoints, best first; with `everything`, all records, whether their files are there or not.
 
@@ -232,7 +236,7 @@ class TrainingCache:
             model: a module, or a mapping of the objects that are to be restored; None compares configurations only.
         """
         needed = self.needed(model, model_config=model_config, data_config=data_config)
-        return next(iter(self._catalog(needed).candidates(needed)), None)
+        return self._catalog(needed).best(needed)
 
     def explain(self, model: Any = None, *, model_config: Any = None, data_config: Any = None) -> list[Explanation]:
         """For every checkpoint that wasn't evicted, in the order "best" tries them: its score taken apart,
@@ -294,7 +298,7 @@ class TrainingCache:
         """
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
-        notes, tried = list(choice.notes), set[str]()
+        notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
         while untried := [record for record in choice.records if record.id not in tried]:
             for record in untried:
                 tried.add(record.id)
@@ -310,6 +314,20 @@ class TrainingCache:
             # Those that failed may have been evicted meanwhile, in favour of others.
             choice = self.choose(needed, resume)
         return None
+
+    def _lament(self, choice: "resume.Choice") -> list[str]:
+        """Say what would have been restored from, had its file been whole; what is damaged goes to quarantine."""
+        said = []
+        for id, reason in choice.damaged.items():
+            said.append(f"{id} is passed over: {reason}")
+            with suppress(CkptCacheError):
+                self.ledger.quarantine(id, reason)
+        if choice.missing:
+            more = f" and of {len(choice.missing) - 1} more" if choice.missing[1:] else ""
+            said.append(f"{choice.missing[0]} would have come first, but its file{more} is gone")
+        for sentence in said:
+            log.warning("%s", sentence)
+        return said
 
     def choose(self, needed: Description, policy: str) -> resume.Choice:
         """The checkpoints that `restore` would try under `policy`, in order, without reading any."""
@@ -436,9 +454,15 @@ class TrainingCache:
             change.put(record.changed(**fields(record)))
             return change.catalog().scored(change.index.checkpoints[record.id])
 
-    def record_session(self, session: SessionRecord) -> SessionRecord:
-        """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept."""
+    def record_session(self, session: SessionRecord, configs: Mapping[str, Any] | None = None) -> SessionRecord:
+        """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept.
+
+        Args:
+            configs: its model's, training's and data's configuration by name, as plain values.
+        """
         with self.ledger.change() as change:
+            if configs is not None:
+                session = dataclasses.replace(session, config=change.index.store_config(dict(configs)))
             if session.sequence == 0:
                 session = dataclasses.replace(session, sequence=change.index.sequence + 1)
             change.put_session(session)
@@ -466,15 +490,18 @@ class TrainingCache:
         """Counts and bytes, limits, groups and prepared data."""
         return checkup.stats(self.ledger.view(), self.data)
 
-    def doctor(self, *, repair: bool = False, verify: bool = True) -> list[checkup.Finding]:
+    def doctor(
+        self, *, repair: bool = False, verify: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> list[checkup.Finding]:
         """Examine everything: index, sidecars, files, leftovers; with `repair`, mend what can be mended.
 
         Args:
             repair: set aside a broken index and rebuild it, adopt files without a record, quarantine
                 damaged files, and remove what crashes left behind.
             verify: read every file and compare its digest, which takes as long as reading them.
+            progress: called with the bytes verified so far and the bytes in all.
         """
-        return checkup.examine(self.ledger, repair=repair, verify=verify)
+        return checkup.examine(self.ledger, repair=repair, verify=verify, progress=progress)
 
     def rerank(self, **settings: Any) -> list[checkup.Move]:
         """What would move if quality were scored with other settings, such as ``quality_weight_loss=0.5``.

@@ -1,6 +1,7 @@
 """Looking after a cache: what it holds, what is wrong with it, and what other weights would change."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,16 @@ from ckptcache.ledger import Ledger
 from ckptcache.storage import fs
 from ckptcache.storage.datacache import DataCache
 from ckptcache.storage.index import Index
-from ckptcache.storage.reconcile import Observed, leases, observe, open_index
+from ckptcache.storage.reconcile import (
+    Observed,
+    Opened,
+    leases,
+    observe,
+    open_index,
+    quarantine,
+    read_sidecar,
+    sidecar_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,70 +117,126 @@ def _places(catalog: Catalog) -> dict[str, int]:
 # --- the doctor ----------------------------------------------------------------------------------
 
 
-def examine(ledger: Ledger, *, repair: bool, verify: bool) -> list[Finding]:
+def examine(
+    ledger: Ledger, *, repair: bool, verify: bool, progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
     """Everything that is wrong or untidy; with `repair`, mended where it can be, and said so."""
-    try:
-        opened = open_index(ledger.file, ledger.layout)
-    except IndexDamaged as error:
-        return _hopeless_index(ledger, error, repair)
-    observed = observe(opened.index, ledger.layout)
+    found = _look(ledger, verify, progress)
+    if not repair or not found.findings:
+        return found.findings
+    _repair(ledger, found)
+    left = {(f.kind, f.subject) for f in _look(ledger, verify=False).findings}
+    return [dataclasses.replace(f, repaired=(f.kind, f.subject) not in left) for f in found.findings]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    findings: list[Finding]
+    observed: Observed
+    sidecars: Collection[str] = ()
+    """Checkpoints whose sidecars are missing or can't be read."""
+    is_hopeless: bool = False
+    """Whether the index can't be read and there is nothing to rebuild it from."""
+
+
+def _look(ledger: Ledger, verify: bool, progress: Callable[[int, int], None] | None = None) -> _Found:
+    with ledger.steady():
+        try:
+            opened = open_index(ledger.file, ledger.layout)
+        except IndexDamaged as error:
+            return _Found([Finding("index", str(ledger.file.path), str(error), True)], Observed(), is_hopeless=True)
+        observed = observe(opened.index, ledger.layout)
+        sidecars = _sidecar_faults(ledger, observed)
+        findings = [*_of_index(ledger, opened), *_of_records(opened.index, observed), *_of_leases(ledger)]
     if verify:
-        _verify_contents(ledger, opened.index, observed)
-    findings: list[Finding] = []
+        findings += _of_contents(ledger, opened.index, observed, progress)
+    findings += [Finding("sidecar", id, text, is_damage) for id, (text, is_damage) in sidecars.items()]
+    return _Found(findings, observed, sidecars)
+
+
+def _of_index(ledger: Ledger, opened: Opened) -> Iterator[Finding]:
+    path = str(ledger.file.path)
     if opened.broken is not None:
-        findings.append(Finding("index", str(ledger.file.path), str(opened.broken), True, repair))
-    findings += [Finding("sidecar", id, text, True) for id, text in opened.unreadable_sidecars.items()]
-    findings += [
-        Finding("adopted", id, "the index doesn't name it; its sidecar does", False, repair) for id in opened.adopted
-    ]
-    findings += _of_files(ledger, opened.index, observed, repair)
-    if repair:
-        _repair(ledger, observed)
-    return findings
+        yield Finding("index", path, str(opened.broken), True)
+    if opened.is_lost:
+        yield Finding("index", path, "it is gone; the generation before it and the sidecars stand in for it", True)
+    for id in opened.adopted:
+        yield Finding("adopted", id, "the index doesn't name it; its sidecar does", False)
+    for id, text in opened.unreadable_sidecars.items():
+        yield Finding("sidecar", id, text, True)
 
 
-def _hopeless_index(ledger: Ledger, error: IndexDamaged, repair: bool) -> list[Finding]:
-    if repair:
-        with ledger.file.held():
-            ledger.set_aside_index()
-    return [Finding("index", str(ledger.file.path), str(error), True, repair)]
-
-
-def _of_files(ledger: Ledger, index: Index, observed: Observed, repair: bool) -> Iterator[Finding]:
+def _of_records(index: Index, observed: Observed) -> Iterator[Finding]:
     for id, reason in observed.missing.items():
         yield Finding("missing", id, f"{reason}; its record is kept", True)
     for id, reason in observed.damaged.items():
-        yield Finding("damaged", id, reason, True, repair)
+        yield Finding("damaged", id, reason, True)
     for id, path in observed.unrecorded.items():
-        yield Finding("unrecorded", id, f"{path} has neither record nor sidecar", False, repair)
+        yield Finding("unrecorded", id, f"{path} has neither record nor sidecar", False)
     for path, what in observed.leftovers.items():
-        yield Finding("leftover", path.name, what, False, repair)
-    for owner, state in leases(ledger.layout).items():
-        if state != "live":
-            what = "its process is dead" if state == "dead" else "it belongs to another machine, or an earlier boot"
-            yield Finding("lease", owner, what, False, repair)
+        yield Finding("leftover", path.name, what, False)
+    for path in observed.condemned:
+        yield Finding("leftover", path.name, "it failed verification and has yet to be moved to quarantine", False)
     for name, pointer in index.names.items():
         if pointer.checkpoint not in observed.available:
             yield Finding("name", name, f"it points to {pointer.checkpoint}, whose file isn't there", False)
 
 
-def _verify_contents(ledger: Ledger, index: Index, observed: Observed) -> None:
+def _of_leases(ledger: Ledger) -> Iterator[Finding]:
+    for owner, state in leases(ledger.layout).items():
+        if state != "live":
+            what = "its process is dead" if state == "dead" else "it belongs to another machine, or an earlier boot"
+            yield Finding("lease", owner, what, False)
+
+
+def _sidecar_faults(ledger: Ledger, observed: Observed) -> dict[str, tuple[str, bool]]:
+    """For each checkpoint that a lost index would lose: why its sidecar wouldn't bring it back, and whether that is
+    damage."""
+    faults = {}
+    for id in observed.available:
+        try:
+            if read_sidecar(ledger.layout, id) is None:
+                faults[id] = ("it has no sidecar, from which a lost index is rebuilt", False)
+        except CkptCacheError as error:
+            faults[id] = (str(error), True)
+    return faults
+
+
+def _of_contents(
+    ledger: Ledger, index: Index, observed: Observed, progress: Callable[[int, int], None] | None
+) -> list[Finding]:
     from ckptcache.storage import ptfile
 
-    for id in sorted(observed.available):
+    findings, done, total = [], 0, sum(observed.available.values())
+    for id, size in sorted(observed.available.items()):
         record = index.checkpoints[id]
         try:
             ptfile.verify(ledger.layout.locate(id), size=record.size, digest=record.digest)
-        except (CkptCacheError, OSError) as error:
-            observed.damaged[id] = error.fields["reason"] if isinstance(error, CkptCacheError) else fs.reason_of(error)
-            del observed.available[id]
+        except FileNotFoundError:
+            pass  # evicted since it was listed
+        except CkptCacheError as error:
+            observed.damaged[id] = str(error.fields["reason"])
+            findings.append(Finding("damaged", id, observed.damaged[id], True))
+        done += size
+        if progress is not None:
+            progress(done, total)
+    return findings
 
 
-def _repair(ledger: Ledger, observed: Observed) -> None:
-    for id, reason in observed.damaged.items():
+def _repair(ledger: Ledger, found: _Found) -> None:
+    if found.is_hopeless:
+        with ledger.file.held():
+            ledger.set_aside_index()
+    for id, reason in found.observed.damaged.items():
         ledger.quarantine(id, reason)
-    if observed.unrecorded:
+    if found.observed.unrecorded:
         from ckptcache.adoption import learn
 
-        learn(ledger, [], sorted(observed.unrecorded))
+        learn(ledger, [], sorted(found.observed.unrecorded))
     ledger.tidy_thoroughly()
+    with ledger.change() as change:
+        for id in found.observed.unrecorded.keys() & change.observed.unrecorded.keys():
+            quarantine(change.observed.unrecorded[id], ledger.layout, reason="it has no record, and can't be read")
+        for id in (set(found.sidecars) | found.observed.unrecorded.keys()) & change.observed.available.keys():
+            data = sidecar_bytes(change.index.checkpoints[id], change.index)
+            fs.write_atomically(ledger.layout.sidecar(id), data, writer=ledger.writer)

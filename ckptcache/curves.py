@@ -44,7 +44,8 @@ class Curves:
         for name, points in self._points.items():
             last = self._latest[name]
             whole = points if points[-1] is last else [*points, last]
-            curves[name] = tuple((i, as_float(v, name)) for i, v in thin(whole))
+            # Six digits are more than any picture shows, and a float32 written out in full has seventeen.
+            curves[name] = tuple((i, float(f"{as_float(v, name):.6g}")) for i, v in thin(whole))
         return curves
 
 

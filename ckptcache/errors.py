@@ -86,12 +86,22 @@ class CacheNotFound(CkptCacheError):
     exit_code = 3
 
 
+class AmbiguousCache(CkptCacheError):
+    """{count} caches lie equally near ({examples}): choose one with --cache-dir or CKPTCACHE_DIR."""
+
+    exit_code = 2
+
+
 class CacheDirIsFile(CkptCacheError):
     """{path} is a file, and a cache needs a folder: choose another cache_dir, or move the file."""
 
 
 class CacheDirNotWritable(CkptCacheError):
     """Nothing can be written in {path} ({reason}): change its permissions, or choose another cache_dir."""
+
+
+class CacheDirNotReadable(CkptCacheError):
+    """{path} cannot be read ({reason}): change its permissions, or choose another cache_dir."""
 
 
 class LockTimeout(CkptCacheError):

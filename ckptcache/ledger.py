@@ -5,12 +5,12 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ckptcache.catalog import Catalog
 from ckptcache.config import CacheConfig
-from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable
+from ckptcache.errors import CacheDirIsFile, CacheDirNotReadable, CacheDirNotWritable
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
 from ckptcache.storage import fs
 from ckptcache.storage.index import Index, IndexFile, merge
@@ -28,7 +28,7 @@ class Change:
         self._ledger = ledger
         self.index = opened.index.copy()
         self.observed = observe(self.index, ledger.layout)
-        self.is_dirty = bool(opened.adopted) or opened.broken is not None
+        self.is_dirty = bool(opened.adopted) or opened.broken is not None or opened.is_lost
 
     def catalog(self) -> Catalog:
         """The checkpoints as the changed index has them."""
@@ -61,9 +61,11 @@ class Ledger:
     """One cache folder's index, seen from one process."""
 
     def __init__(self, root: Path, config: CacheConfig) -> None:
-        with suppress(OSError):  # of a folder that can't be looked into, whoever reads or writes there will tell
+        try:
             if root.exists() and not root.is_dir():
                 raise CacheDirIsFile(path=root)
+        except PermissionError as error:
+            raise CacheDirNotReadable(path=root, reason=fs.reason_of(error)) from error
         self.layout = Layout(root)
         self.config = config
         self.file = IndexFile(root)
@@ -82,11 +84,24 @@ class Ledger:
 
         Raises IndexDamaged when there is nothing to rebuild a broken index from, and IndexTooNew.
         """
-        opened = open_index(self.file, self.layout)
+        try:
+            opened = open_index(self.file, self.layout)
+            index = merge(Index(), opened.index, self.overlay) if self.overlay.checkpoints else opened.index
+            observed = observe(index, self.layout)
+        except OSError as error:
+            raise CacheDirNotReadable(path=error.filename or self.layout.root, reason=fs.reason_of(error)) from error
         if opened.broken is not None:
             log.warning("%s Until then it is rebuilt in memory at each look.", opened.broken)
-        index = merge(Index(), opened.index, self.overlay) if self.overlay.checkpoints else opened.index
-        return Catalog(self.layout.root, index, observe(index, self.layout), self.config)
+        return Catalog(self.layout.root, index, observed, self.config)
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Keep writers away while looking, wherever that leaves no trace: where the lock exists and can be taken."""
+        with ExitStack() as stack:
+            if self.file.lock.exists():
+                with suppress(OSError):
+                    stack.enter_context(self.file.held())
+            yield
 
     def live_sessions(self, index: Index) -> set[str]:
         """Sessions that run, as far as can be known: one of another machine counts until it has ended."""
@@ -127,12 +142,14 @@ class Ledger:
                 log.info("removed %s, which a crash had left behind", path)
 
     def tidy_thoroughly(self) -> None:
-        """Adopt, clean up, and remove the leases of the dead and of other machines."""
-        self._is_tidy = False
+        """Adopt, remove the leases of the dead and of other machines, and clean up what those left behind."""
         with self.change():
             for owner, state in leases(self.layout).items():
                 if state != "live":
                     fs.remove(self.layout.lease(owner), root=self.layout.root)
+        self._is_tidy = False
+        with self.change():
+            pass
 
     def set_aside_index(self) -> Path | None:
         """Move a broken index into quarantine; its lock must be held. Returns where it went."""
@@ -155,15 +172,18 @@ class Ledger:
 
     def quarantine(self, id: str, reason: str) -> None:
         """Put a checkpoint that failed verification where nothing resumes from it."""
-        log.warning("%s failed verification and goes to quarantine: %s", id, reason)
         with self.change() as change:
             path, record = self.layout.locate(id), change.index.checkpoints.get(id)
+            if not path.exists() or (record is not None and record.decision is not None):
+                return  # another process evicted it, or was first
+            log.warning("%s failed verification and goes to quarantine: %s", id, reason)
+            self._is_tidy = False
             if record is not None:
                 change.put(record.changed(decision="quarantined", decision_reason=reason))
                 change.commit()
-            if path.exists():
-                quarantine(path, self.layout, reason=reason)
+            quarantine(path, self.layout, reason=reason)
             fs.remove(self.layout.sidecar(id), root=self.layout.root)
+            self._is_tidy = True
 
     # --- who writes ------------------------------------------------------------------------------
 

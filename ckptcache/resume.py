@@ -1,6 +1,9 @@
 """From which checkpoints a run may resume, in which order: a pure choice over the catalogue."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ckptcache.catalog import Catalog, Explanation
 from ckptcache.errors import AmbiguousId, CheckpointMissing, CheckpointNotFound, Incompatible
@@ -19,6 +22,10 @@ class Choice:
     is_named: bool = False
     notes: tuple[str, ...] = ()
     """What a user should know of the choice, one sentence each."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Those that fit and can be seen to be damaged without reading them, with the reason."""
+    missing: tuple[str, ...] = ()
+    """Those that would have come before `records`, and whose files are gone."""
 
 
 def choose(catalog: Catalog, needed: Description, resume: str, *, live: set[str]) -> Choice:
@@ -33,17 +40,35 @@ def choose(catalog: Catalog, needed: Description, resume: str, *, live: set[str]
         return Choice([])
     if resume not in RESERVED_NAMES:
         return _named(catalog, needed, resume)
-    eligible = [e.record for e in catalog.explain(needed) if e.eligible]
+    explanations = catalog.explain(needed)
+    eligible = [e.record for e in explanations if e.eligible]
     by_age = sorted(eligible, key=lambda r: r.order, reverse=True)
     if resume == "latest":
-        return Choice(by_age)
+        return Choice(by_age, **_lost(explanations, by_age, lambda e: e.record.order))
     if resume == "auto":
         session = _interrupted(catalog, eligible, live)
         if session is not None:
             own = [r for r in by_age if r.session == session.id]
             note = f"session {session.id} was cut short ({session.stop_reason or 'killed'}); it goes on from its latest"
             return Choice([*own, *(r for r in eligible if r.session != session.id)], notes=(note,))
-    return Choice(eligible, notes=_passed_by(catalog, eligible))
+    return Choice(eligible, notes=_passed_by(catalog, eligible), **_lost(explanations, eligible, _quality))
+
+
+def _lost(
+    explanations: list[Explanation], tried: list[CheckpointMetadata], worth: Callable[[Explanation], Any]
+) -> dict[str, Any]:
+    """What would have been tried, had its file been whole; `worth` is what the policy goes by."""
+    fitting = [e for e in explanations if e.verdict.kind == "exact" and e.score.status != "diverged"]
+    first = next((e for e in fitting if tried and e.record.id == tried[0].id), None)
+    better = [e for e in fitting if first is None or (e.verdict.comparable and worth(e) > worth(first))]
+    return {
+        "damaged": {e.record.id: e.reason for e in fitting if e.status == "damaged"},
+        "missing": tuple(e.record.id for e in better if e.status == "missing"),
+    }
+
+
+def _quality(explanation: Explanation) -> float:
+    return -math.inf if explanation.score.quality is None else explanation.score.quality
 
 
 def _named(catalog: Catalog, needed: Description, wanted: str) -> Choice:
@@ -104,10 +129,13 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     return records[matches[0]]
 
 
-def why_not(explanations: list[Explanation], limit: int = 5) -> list[str]:
-    """For each checkpoint that can't be resumed from, one line that says why; at most `limit`."""
+def why_not(explanations: list[Explanation], limit: int = 10) -> list[str]:
+    """For each checkpoint that can't be resumed from a line that says why; a reason is spelled out once."""
     rejected = [e for e in explanations if not e.eligible]
-    lines = [f"{e.record.id}: {e.reason}" for e in rejected[:limit]]
-    if len(rejected) > limit:
-        lines.append(f"and {len(rejected) - limit} more (`ckptcache explain` lists all)")
-    return lines
+    lines: list[str] = []
+    seen: set[str] = set()
+    for e in rejected[:limit]:
+        lines.append(f"{e.record.id}: {'likewise' if e.reason in seen else e.reason}")
+        seen = {e.reason}
+    more = len(rejected) - limit
+    return [*lines, f"and {more} more (`ckptcache explain` lists all)"] if more > 0 else lines

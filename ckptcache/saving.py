@@ -157,7 +157,6 @@ class Saver:
 
     def _write(self, draft: Draft, publication: Publication) -> CheckpointMetadata:
         id, layout = draft.record.id, self._ledger.layout
-        is_committed = False
         try:
             with _as_save_failed(id, layout.checkpoints):
                 written = ptfile.write(publication.file, draft.state, _embedded(draft))
@@ -166,11 +165,10 @@ class Saver:
             with self._ledger.change() as change:
                 with _as_save_failed(id, layout.checkpoints):
                     record = self._commit(change, publication, dataclasses.replace(draft, record=record))
-                is_committed = True
+                publication.keep()
                 self._prune(change, record)
         except BaseException:
-            if not is_committed:
-                _withdraw(publication)
+            _withdraw(publication)
             raise
         return record
 
@@ -189,8 +187,10 @@ class Saver:
             publication.publish(sidecar_bytes(record, draft.piece))
             change.commit()
         except BaseException:
-            if not self._roll_back(change, before, record.id):
-                publication.keep()
+            # Still under the lock, or another process could take up what is about to go.
+            if self._roll_back(change, before, record.id):
+                _withdraw(publication)
+            publication.keep()
             raise
         return record
 
@@ -314,7 +314,7 @@ def _as_save_failed(id: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise SaveFailed(id=id, path=path, reason=_reason(error)) from error
+        raise SaveFailed(id=id, path=path, reason=fs.reason_behind(error)) from error
 
 
 def _withdraw(publication: Publication) -> None:
@@ -322,13 +322,3 @@ def _withdraw(publication: Publication) -> None:
         publication.withdraw()
     except OSError as error:
         log.warning("what was left of a failed save could not be removed: %s", fs.reason_of(error))
-
-
-def _reason(error: BaseException) -> str:
-    # torch turns an OSError of the file it writes to into a RuntimeError of its own.
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return fs.reason_of(cause)
-        cause = cause.__cause__ or cause.__context__
-    return str(error).split("\n")[0]

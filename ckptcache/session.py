@@ -33,7 +33,6 @@ from ckptcache.metadata import (
     RESERVED_NAMES,
     CheckpointMetadata,
     SessionRecord,
-    content_hash,
     jsonable,
     new_session_id,
     utc_now,
@@ -201,7 +200,8 @@ class TrainingSession:
 
     def _start(self) -> None:
         found = start(self.cache, self._objects, self._needed(), resume=self.resume)
-        record = self.cache.record_session(self._new_record(found))
+        declared = {name: config for name, config in self.configs.items() if config is not None}
+        record = self.cache.record_session(self._new_record(found), declared or None)
         # Only now is it known who else went on from there: what two commit at once, one of them commits first.
         self._startup = avoid_repeating(found, self.cache, self._objects, session=record, seed=self.seed)
         if self._startup.reseeded:
@@ -217,7 +217,6 @@ class TrainingSession:
             id=self.id,
             parent=None if found.record is None else found.record.id,
             resume=self.resume,
-            config=content_hash(self.configs) if any(self.configs.values()) else None,
             started_at=utc_now(),
             start_iteration=found.iteration,
             end_iteration=found.iteration,

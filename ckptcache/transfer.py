@@ -41,7 +41,7 @@ def export(
     except BaseException as error:
         temp.discard()
         if isinstance(error, OSError | RuntimeError):
-            raise ExportFailed(id=record.id, path=path, reason=str(error).split("\n")[0]) from error
+            raise ExportFailed(id=record.id, path=path, reason=fs.reason_behind(error)) from error
         raise
     return path
 
@@ -54,11 +54,22 @@ def _write(
     from ckptcache.storage import ptfile
 
     if ending == ".pt":
-        ptfile.write_plain(temp, state)
+        ptfile.write_plain(temp, _without_marks(state))
         return
-    tensors = _flat_tensors(state)
+    tensors = _flat_tensors(_without_marks(state))
     described = orjson.dumps(record.to_json()).decode()
     temp.write(save(tensors, metadata={"format": "pt", "ckptcache": described}))
+
+
+def _without_marks(tree: Any) -> Any:
+    """A saved tree with plain tensors where arrays were saved: others don't know the mark."""
+    from ckptcache.state.capture import NDARRAY
+
+    if isinstance(tree, Mapping):
+        if set(tree) == {NDARRAY}:
+            return tree[NDARRAY]
+        return {key: _without_marks(value) for key, value in tree.items()}
+    return type(tree)(map(_without_marks, tree)) if type(tree) in (list, tuple) else tree
 
 
 def _flat_tensors(state: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:

@@ -201,7 +201,7 @@ def prepare(verbose: bool) -> Interpreter:
     return Interpreter(str(_venv_python()), {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV)})
 
 
-_OTHER_WAY = "use a folder that you may write to, with room for it, or set CKPTCACHE_PYTHON to an interpreter that has the packages"
+_OTHER_WAY = "use a folder with room that you may write to, or set CKPTCACHE_PYTHON to an interpreter with the packages"
 
 
 def _mend(wanted: Mapping[str, Any], verbose: bool) -> None:

@@ -101,7 +101,7 @@ class Verdict:
 _OPENINGS: dict[Kind, str] = {
     "exact": "fits",
     "other_data": "fits the model, but not the data",
-    "partial": "fits in part",
+    "partial": "fits only in part",
     "incompatible": "does not fit",
 }
 

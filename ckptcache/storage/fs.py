@@ -98,11 +98,12 @@ def ensure_folder(path: Path) -> Path:
     try:
         if path.is_dir():
             return path
-        if path.exists() or path.is_symlink():
-            raise CacheDirIsFile(path=path)
         ensure_folder(path.parent)
-        with suppress(FileExistsError):
+        try:
             system.mkdir(path)
+        except FileExistsError:
+            if not path.is_dir():  # else somebody else has made it since
+                raise CacheDirIsFile(path=path) from None
         system.fsync_folder(path.parent)
     except OSError as error:
         raise CacheDirNotWritable(path=path.parent, reason=reason_of(error)) from error
@@ -347,6 +348,19 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
+def reason_behind(error: BaseException) -> str:
+    """The system error that an error came of, in the system's own words; the error's first line without one.
+
+    torch turns an OSError of the file that it writes to into a RuntimeError of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return reason_of(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n")[0]
+
+
 # --- locks ---------------------------------------------------------------------------------------
 
 
@@ -403,8 +417,9 @@ class Lease:
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
-        if os.getpid() != self._owner or not self._lock.is_locked:
+        if os.getpid() != self._owner:
             return
+        # Whether it is still locked says nothing: at exit filelock may have released it before.
         with suppress(OSError):
             system.unlink(self.path)
         self._lock.release()

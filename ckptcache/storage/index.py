@@ -133,8 +133,9 @@ def _oldest_with_nan(data: bytes) -> Any:
         document = json.loads(data)
         if not isinstance(document, dict) or "schema_version" in document:
             return None
-        # Written once more, so that half a surrogate pair or a number beyond 64 bits gets no further than this.
-        return orjson.loads(json.dumps(jsonable(document), ensure_ascii=False).encode(errors="replace"))
+        # It also wrote half a surrogate pair, which comes from a file name that isn't UTF-8 and has no place here.
+        whole = json.dumps(document, ensure_ascii=False).encode(errors="replace")
+        return jsonable(json.loads(whole))
     except (ValueError, RecursionError, InvalidValue):
         return None
 
@@ -270,7 +271,7 @@ def serialise(index: Index) -> bytes:
         **index.unknown,
         "schema_version": SCHEMA_VERSION,
         "checkpoints": {key: _without_id(record) for key, record in index.checkpoints.items()},
-        "sessions": {key: _without_id(session) for key, session in index.sessions.items()},
+        "sessions": {key: _with_short_curves(session) for key, session in index.sessions.items()},
         "names": {key: name.to_json() for key, name in index.names.items()},
         "configs": {key: value for key, value in index.configs.items() if key in used},
         "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
@@ -295,6 +296,14 @@ def _not_json(document: Mapping[str, Any]) -> str:
 def _without_id(record: CheckpointMetadata | SessionRecord) -> dict[str, Any]:
     data = record.to_json()
     del data["id"]
+    return data
+
+
+def _with_short_curves(session: SessionRecord) -> dict[str, Any]:
+    """A session as the index writes it: hundreds of points are one line per curve, not four lines per point."""
+    data = _without_id(session)
+    if session.curves:
+        data["curves"] = {name: orjson.Fragment(orjson.dumps(points)) for name, points in data["curves"].items()}
     return data
 
 
@@ -373,10 +382,11 @@ class IndexFile:
         except FileNotFoundError:
             return None
         # Told apart by content: inode, time and size can all be the same again after two quick commits.
-        digest = blake3(data).digest()
-        if self._seen is None or self._seen[0] != digest:
-            self._seen = (digest, parse(data, self.path))
-        return self._seen[1]
+        digest, seen = blake3(data).digest(), self._seen
+        if seen is None or seen[0] != digest:
+            seen = self._seen = (digest, parse(data, self.path))
+        # Not self._seen: another thread may have put an older look there meanwhile.
+        return seen[1]
 
     @contextmanager
     def held(self, *, timeout: float = fs.LOCK_TIMEOUT) -> Iterator[None]:

@@ -48,10 +48,15 @@ class _DigestingFile:
         self._file = file
         self._hash = blake3()
         self.size = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
-        written = self._file.write(data)
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += written
         return written
 
@@ -64,9 +69,17 @@ class _DigestingFile:
 
 
 def write(file: fs.TempFile, state: Mapping[str, Any], record: Mapping[str, Any]) -> Written:
-    """Write `state` and its record in torch's format, unsynced; `state` holds only what can be read back."""
+    """Write `state` and its record in torch's format, unsynced; `state` holds only what can be read back.
+
+    Raises:
+        OSError: the system refused a write; a full disk is one.
+    """
     target = _DigestingFile(file)
-    torch.save({**state, HEADER: {"format": FORMAT, "record": dict(record)}}, cast(IO[bytes], target))
+    try:
+        torch.save({**state, HEADER: {"format": FORMAT, "record": dict(record)}}, cast(IO[bytes], target))
+    except RuntimeError as error:
+        # Closing its archive after a failed write, torch fails once more and hides the cause.
+        raise target.error or error from error
     return Written(target.size, target.digest)
 
 
@@ -119,8 +132,7 @@ def read(path: Path, *, size: int | None = None, digest: str | None = None) -> C
     with _opened(path) as file:
         measured = _verify(file, path, size, digest)
         entries = audit.check_archive(file, path, measured.size)
-        if digest is None:
-            audit.check_pickle(file, path, entries, measured.size)
+        audit.check_pickle(file, path, entries, measured.size, vouched=digest is not None)
         payload = _decode(file, path)
     if not isinstance(payload, dict):
         raise NotACheckpoint(path=path, reason=f"it holds a {type(payload).__name__}, not a mapping of named parts")

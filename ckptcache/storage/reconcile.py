@@ -6,7 +6,7 @@ can't have different ideas of what is there. Looking changes nothing; `tidy` is 
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, NotACheckpoint
 from ckptcache.metadata import CheckpointMetadata, is_valid_id
 from ckptcache.storage import fs
-from ckptcache.storage.index import Index, IndexFile, parse, read_index_bytes, serialise
+from ckptcache.storage.index import INDEX_NAME, Index, IndexFile, parse, read_index_bytes, serialise
 from ckptcache.storage.layout import Layout
 
 MAX_SIDECAR_BYTES = 64 * 1024 * 1024
@@ -29,6 +29,8 @@ class Opened:
     """Checkpoints that the committed index doesn't name, taken up from their sidecars."""
     broken: IndexDamaged | None = None
     """Why the committed index could not be read, when it had to be rebuilt."""
+    is_lost: bool = False
+    """Whether there was one, and it is gone."""
     unreadable_sidecars: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,6 +68,7 @@ def open_index(file: IndexFile, layout: Layout) -> Opened:
         opened.broken = error
     if found is None:
         found = _previous(file)
+        opened.is_lost = found is not None and opened.broken is None
     opened.index = found or Index()
     _adopt_strays(opened, layout)
     if opened.broken is not None and found is None and not layout.file_ids():
@@ -82,8 +85,11 @@ def _previous(file: IndexFile) -> Index | None:
 
 def _adopt_strays(opened: Opened, layout: Layout) -> None:
     """Take up what the index doesn't name; what it holds already is never changed by a sidecar."""
-    strays = Index()
-    for id in sorted(layout.file_ids() - opened.index.checkpoints.keys()):
+    strays, ids = Index(), layout.file_ids()
+    if opened.broken is not None or opened.is_lost:
+        # Records whose files are gone are not dropped, and their sidecars may be all that is left of them.
+        ids |= {name.removesuffix(".json") for name in fs.names(layout.checkpoints) if name.endswith(".json")}
+    for id in sorted(ids - opened.index.checkpoints.keys()):
         try:
             found = read_sidecar(layout, id) if is_valid_id(id) else None
         except CkptCacheError as error:
@@ -150,22 +156,32 @@ def observe(index: Index, layout: Layout) -> Observed:
             seen.damaged[id] = f"its file has {entry.size} bytes, and its record says {record.size}"
         else:
             seen.available[id] = entry.size
-    for id in files:
-        if id not in index.checkpoints and is_valid_id(id):
-            seen.unrecorded[id] = layout.locate(id)
+    for id in files.keys() - index.checkpoints.keys():
+        # Beside the index only files that it names are checkpoints: an export may lie there, and must not be evicted.
+        if is_valid_id(id) and layout.checkpoint(id).exists():
+            seen.unrecorded[id] = layout.checkpoint(id)
     _find_leftovers(seen, index, layout)
     return seen
 
 
 def _find_leftovers(seen: Observed, index: Index, layout: Layout) -> None:
-    for name in fs.names(layout.checkpoints):
-        if name.endswith(fs.TEMP_SUFFIX):
-            if writer_state(layout, name) == "dead":
-                seen.leftovers[layout.checkpoints / name] = "a file that a process died while writing"
-        elif name.endswith(".json"):
-            record = index.checkpoints.get(name.removesuffix(".json"))
-            if record is not None and record.decision is not None:
-                seen.leftovers[layout.checkpoints / name] = f"the sidecar of a checkpoint that was {record.decision}"
+    found = fs.names(layout.checkpoints)
+    for name in found:
+        if name.endswith(".json") and (what := _leftover_sidecar(name.removesuffix(".json"), index, found)):
+            seen.leftovers[layout.checkpoints / name] = what
+    beside = [name for name in fs.names(layout.root) if name.startswith(INDEX_NAME)]
+    folders = ((layout.checkpoints, found), (layout.root, beside), (layout.quarantine, fs.names(layout.quarantine)))
+    for folder, names in folders:
+        for name in names:
+            if name.endswith(fs.TEMP_SUFFIX) and writer_state(layout, name) == "dead":
+                seen.leftovers[folder / name] = "a file that a process died while writing"
+
+
+def _leftover_sidecar(id: str, index: Index, found: Collection[str]) -> str | None:
+    record = index.checkpoints.get(id)
+    if record is not None:
+        return None if record.decision is None else f"the sidecar of a checkpoint that was {record.decision}"
+    return None if f"{id}.pt" in found or not is_valid_id(id) else "a sidecar without checkpoint or record"
 
 
 def writer_state(layout: Layout, temp_name: str) -> fs.LeaseState:

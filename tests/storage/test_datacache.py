@@ -694,13 +694,16 @@ def test_clearing_by_key_and_age(cache: DataCache, clock: Clock) -> None:
     assert cache.entries() == []
 
 
-def test_clearing_leaves_what_is_being_built_and_takes_what_the_dead_left(cache: DataCache) -> None:
+def test_clearing_leaves_what_is_being_built_and_takes_what_the_dead_left(cache: DataCache, clock: Clock) -> None:
     freed = []
+    cache.get("k", lambda: 0)
+    clock.now += 11 * HOUR
 
     def build() -> int:
         other = threading.Thread(target=lambda: freed.append(cache.clear()))
         other.start()
         other.join()
+        assert file_of(cache).exists()
         return 1
 
     cache.get("k", build)

@@ -194,6 +194,36 @@ def test_a_folder_is_made_with_its_parents_once(tmp_path: Path) -> None:
     assert counting.operations == ["mkdir", "fsync_folder"] * 2
 
 
+def test_many_may_make_one_folder_at_once(tmp_path: Path) -> None:
+    failures = []
+
+    def make(path: Path, together: threading.Barrier) -> None:
+        together.wait()
+        try:
+            fs.ensure_folder(path)
+        except CacheDirIsFile as error:
+            failures.append(error)
+
+    for i in range(300):
+        together = threading.Barrier(3)
+        threads = [threading.Thread(target=make, args=(tmp_path / str(i), together)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_a_folder_that_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> None:
+    class Overtaken(fs.System):
+        def mkdir(self, path: Path) -> None:
+            path.mkdir()
+            super().mkdir(path)
+
+    with swapped(Overtaken()):
+        assert fs.ensure_folder(tmp_path / "a" / "b").is_dir()
+
+
 @pytest.mark.parametrize("path", ["file", "file/below", "dangling"])
 def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").touch()
