@@ -98,7 +98,7 @@ class TrainingDisplay(Callback):
 
 
 class _Bar(Progress):
-    """Leaves some columns free: a ^C that the terminal echoes there would else wrap, and the bar could not be erased."""
+    """Leaves some columns free: a ^C that is echoed there would wrap, and the bar could not be erased."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The one line that is shown."""
