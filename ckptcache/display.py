@@ -4,10 +4,10 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -15,6 +15,8 @@ from ckptcache.trainer import CachedTrainer, Callback
 
 _REFRESH = 0.25
 """Seconds between looks at the loss; on a GPU a look waits for the device."""
+_FREE_COLUMNS = 5
+"""Right of the bar."""
 
 
 class TrainingDisplay(Callback):
@@ -41,7 +43,7 @@ class TrainingDisplay(Callback):
             self._begin_bar(end)
 
     def _begin_bar(self, end: int | None) -> None:
-        self._progress = Progress(
+        self._progress = _Bar(
             SpinnerColumn(),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -93,6 +95,22 @@ class TrainingDisplay(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class _Bar(Progress):
+    """Leaves some columns free: a ^C that is echoed there would wrap, and the bar could not be erased."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The one line that is shown."""
+        yield _Narrowed(self.make_tasks_table(self.tasks))
+
+
+class _Narrowed:
+    def __init__(self, inner: RenderableType) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self._inner, options.update_width(max(20, options.max_width - _FREE_COLUMNS)))
 
 
 def _finite_or(value: float | None, otherwise: float) -> float:

@@ -24,7 +24,7 @@ import orjson
 from rich.console import Console
 
 from ckptcache.config import CacheConfig, setting_help
-from ckptcache.errors import CkptCacheError, InvalidValue
+from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable, CkptCacheError, InvalidValue
 from ckptcache.nanecho.settings import DEFAULT_SESSION_ITERS, NanEchoConfig, TrainingSettings, load_settings
 
 OUT_DIR = "out/nanecho-cached"
@@ -120,6 +120,18 @@ def check_kinds(options: Mapping[str, Any]) -> None:
             raise InvalidValue(name=name, value=options[name], reason="it must be true or false")
 
 
+def check_folder(path: Path) -> None:
+    """Whether `path` is a folder that can be written, or can become one; nothing is made yet."""
+    try:
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+    except OSError as error:
+        raise CacheDirNotWritable(path=path, reason=(error.strerror or str(error)).lower()) from error
+    if not there.is_dir():
+        raise CacheDirIsFile(path=there)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CacheDirNotWritable(path=there, reason="permission denied, or a read-only file system")
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
@@ -143,6 +155,8 @@ def run(options: dict[str, Any]) -> int:
     limits = {f.name: options[f.name] for f in fields(CacheConfig) if f.name in options and f.name != "cache_dir"}
     config = CacheConfig(cache_dir=options.get("cache_dir", str(out_dir / "cache")), **limits)
     NanEchoConfig.of(options)  # what is wrong is said before torch is waited for
+    for folder in (out_dir, Path(config.cache_dir)):
+        check_folder(folder)
 
     from ckptcache.display import stderr_console
 

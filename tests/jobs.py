@@ -14,6 +14,8 @@ from ckptcache.nanecho.sampler import BlockSampler
 from ckptcache.session import TrainingSession
 from ckptcache.state.rng import seed_everything
 
+# A forked child that inherits a pool of threads waits for them for ever; and two cores are two workers' anyway.
+torch.set_num_threads(1)
 # Making the first optimizer imports half of torch, which takes seconds in each forked child that has to.
 torch.optim.SGD([torch.zeros(1)], lr=0.1)
 TOKENS = np.random.default_rng(7).integers(0, 32, 4000).astype(np.uint16)

@@ -127,10 +127,8 @@ def test_handlers_that_were_there_before_are_called_too_and_are_back_afterwards(
                 os.kill(os.getpid(), signal.SIGUSR1)
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        try:
+        with pytest.raises(SystemExit, match="143"):
             train(tmp_path, in_step=in_step)
-        except SystemExit as stop:
-            assert stop.code == 143
         os.kill(os.getpid(), signal.SIGINT)  # would raise KeyboardInterrupt if the handler had not come back
 
     assert end_of(start_child(body)) == 0
