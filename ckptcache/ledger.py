@@ -145,7 +145,7 @@ class Ledger:
         """Adopt, remove the leases of the dead and of other machines, and clean up what those left behind."""
         with self.change():
             for owner, state in leases(self.layout).items():
-                if state != "live":
+                if state == "unknown":  # the dead are removed by every tidying
                     fs.remove(self.layout.lease(owner), root=self.layout.root)
         self._is_tidy = False
         with self.change():
