@@ -66,14 +66,26 @@ def open_index(file: IndexFile, layout: Layout) -> Opened:
         found = file.read()
     except IndexDamaged as error:
         opened.broken = error
+    strays = layout.file_ids()
     if found is None:
         found = _previous(file)
         opened.is_lost = found is not None and opened.broken is None
+        strays |= _ids_of_sidecars(layout)
     opened.index = found or Index()
-    _adopt_strays(opened, layout)
-    if opened.broken is not None and found is None and not layout.file_ids():
+    _adopt_strays(opened, layout, strays)
+    if opened.broken is not None and found is None and not strays:
         raise opened.broken
     return opened
+
+
+def _ids_of_sidecars(layout: Layout) -> set[str]:
+    """Records whose files are gone are not dropped, and without an index their sidecars may be all that is left.
+
+    A sidecar whose file is still under its temporary name is of a save that came to no end.
+    """
+    found = fs.names(layout.checkpoints)
+    unfinished = {name.split(".pt.")[0] for name in found if name.endswith(fs.TEMP_SUFFIX)}
+    return {name.removesuffix(".json") for name in found if name.endswith(".json")} - unfinished
 
 
 def _previous(file: IndexFile) -> Index | None:
@@ -83,12 +95,9 @@ def _previous(file: IndexFile) -> Index | None:
         return None
 
 
-def _adopt_strays(opened: Opened, layout: Layout) -> None:
-    """Take up what the index doesn't name; what it holds already is never changed by a sidecar."""
-    strays, ids = Index(), layout.file_ids()
-    if opened.broken is not None or opened.is_lost:
-        # Records whose files are gone are not dropped, and their sidecars may be all that is left of them.
-        ids |= {name.removesuffix(".json") for name in fs.names(layout.checkpoints) if name.endswith(".json")}
+def _adopt_strays(opened: Opened, layout: Layout, ids: set[str]) -> None:
+    """Take up those of `ids` that the index doesn't name; what it holds is never changed by a sidecar."""
+    strays = Index()
     for id in sorted(ids - opened.index.checkpoints.keys()):
         try:
             found = read_sidecar(layout, id) if is_valid_id(id) else None
