@@ -21,12 +21,13 @@ from ckptcache.errors import (
     ConfigError,
 )
 from ckptcache.ledger import Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name, jsonable, texts
-from ckptcache.metadata import text as as_text
+from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage import fs
 from ckptcache.storage.datacache import DataCache
+from ckptcache.values import jsonable, texts
+from ckptcache.values import text as as_text
 
 if TYPE_CHECKING:
     from ckptcache.saving import Draft, Saver

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptcache.errors import InvalidValue
-from ckptcache.metadata import MAX_CURVE_POINTS, as_float, thin
+from ckptcache.metadata import MAX_CURVE_POINTS, thin
+from ckptcache.values import as_float
 
 _HELD = 4 * MAX_CURVE_POINTS
 

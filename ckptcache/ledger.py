@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -71,11 +72,8 @@ class Ledger:
         self.file = IndexFile(root)
         self.overlay = Index()
         """What was learned of records in a folder that can't be written."""
-        self._leases: dict[str, fs.Lease] = {}
-        self._writer = ""
-        self._owner = 0
         self._is_tidy = False
-        self._finalizer = weakref.finalize(self, _release_all, self._leases)
+        self._own()
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -145,7 +143,7 @@ class Ledger:
         """Adopt, remove the leases of the dead and of other machines, and clean up what those left behind."""
         with self.change():
             for owner, state in leases(self.layout).items():
-                if state != "live":
+                if state == "unknown":  # the dead are removed by every tidying
                     fs.remove(self.layout.lease(owner), root=self.layout.root)
         self._is_tidy = False
         with self.change():
@@ -191,21 +189,31 @@ class Ledger:
     def writer(self) -> str:
         """This process's name in the temporary files it writes; its lease says whether it still lives."""
         if self._owner != os.getpid():
-            # A forked child is a writer of its own; the parent's leases stay the parent's.
-            self._owner, self._leases = os.getpid(), {}
-            self._finalizer = weakref.finalize(self, _release_all, self._leases)
-            self._writer = f"writer_{secrets.token_hex(6)}"
+            self._own()
         return self._writer
+
+    def _own(self) -> None:
+        """Begin as a writer of its own, as a forked child must: the leases and locks stay the parent's."""
+        self._owner = os.getpid()
+        self._leases: dict[str, fs.Lease] = {}
+        self._threads = threading.Lock()
+        self._finalizer = weakref.finalize(self, _release_all, self._leases)
+        self._writer = f"writer_{secrets.token_hex(6)}"
 
     def hold(self, owner: str) -> None:
         """Hold the lease of a session or writer until it is released or this process ends."""
         self.writer  # noqa: B018 - notices a fork
-        if owner not in self._leases:
-            fs.ensure_folder(self.layout.sessions)
-            try:
-                self._leases[owner] = fs.Lease(self.layout.lease(owner))
-            except OSError as error:
-                raise CacheDirNotWritable(path=self.layout.sessions, reason=fs.reason_of(error)) from error
+        # Two threads that took the same lease would wait for each other's lock.
+        with self._threads:
+            if owner not in self._leases:
+                self._leases[owner] = self._lease(owner)
+
+    def _lease(self, owner: str) -> fs.Lease:
+        fs.ensure_folder(self.layout.sessions)
+        try:
+            return fs.Lease(self.layout.lease(owner))
+        except OSError as error:
+            raise CacheDirNotWritable(path=self.layout.sessions, reason=fs.reason_of(error)) from error
 
     def release(self, owner: str) -> None:
         """Give a lease back."""

@@ -16,16 +16,7 @@ from ckptcache.catalog import Catalog
 from ckptcache.environment import environment
 from ckptcache.errors import CkptCacheError, InvalidValue, NoSpace, NotSavable, SaveFailed
 from ckptcache.ledger import Change, Ledger
-from ckptcache.metadata import (
-    CheckpointMetadata,
-    SessionRecord,
-    as_float,
-    jsonable,
-    new_checkpoint_id,
-    text,
-    texts,
-    utc_now,
-)
+from ckptcache.metadata import CheckpointMetadata, SessionRecord, new_checkpoint_id, utc_now
 from ckptcache.policy import quality
 from ckptcache.policy.compatibility import Description, architecture_key
 from ckptcache.state.capture import Captured, capture, walk
@@ -34,6 +25,7 @@ from ckptcache.storage import fs, ptfile
 from ckptcache.storage.index import Index
 from ckptcache.storage.publish import Publication
 from ckptcache.storage.reconcile import Observed, sidecar_bytes
+from ckptcache.values import as_float, jsonable, text, texts
 
 log = logging.getLogger("ckptcache")
 _OVERHEAD = 1 << 20

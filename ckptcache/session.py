@@ -29,14 +29,7 @@ from ckptcache.errors import (
     SaveFailed,
     SessionClosed,
 )
-from ckptcache.metadata import (
-    RESERVED_NAMES,
-    CheckpointMetadata,
-    SessionRecord,
-    jsonable,
-    new_session_id,
-    utc_now,
-)
+from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord, new_session_id, utc_now
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, avoid_repeating, start
 from ckptcache.state.capture import capture
@@ -46,6 +39,7 @@ from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
 from ckptcache.storage.ptfile import HEADER
 from ckptcache.tally import Tally, summary_of
+from ckptcache.values import jsonable
 
 log = logging.getLogger("ckptcache")
 SUMMARY_NAME = "training_summary.json"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptcache.curves import Curves
-from ckptcache.metadata import CheckpointMetadata, SessionRecord, as_float, encode_float
+from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.values import as_float, encode_float
 
 
 class Tally:

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from ckptcache.cache import TrainingCache
 from ckptcache.errors import InvalidValue, SessionClosed
-from ckptcache.metadata import CheckpointMetadata, as_float
+from ckptcache.metadata import CheckpointMetadata
 from ckptcache.session import TrainingSession
 from ckptcache.state.rng import preserved_rng
+from ckptcache.values import as_float
 
 log = logging.getLogger("ckptcache")
 Evaluation = float | tuple[float, Mapping[str, float]] | Mapping[str, float]

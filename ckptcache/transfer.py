@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ckptcache.errors import CheckpointMissing, CkptCacheError, ExportFailed
-from ckptcache.metadata import CheckpointMetadata, decode_float, is_valid_id, jsonable
+from ckptcache.metadata import CheckpointMetadata, is_valid_id
 from ckptcache.storage import fs
+from ckptcache.values import decode_float, jsonable
 
 if TYPE_CHECKING:
     import torch

@@ -121,18 +121,29 @@ def compare(runs: list[Run], iters: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], iters: int, seeds: int) -> Table:
     t = Table(title=f"{iters} iterations a session, medians over {seeds} seeds (val_loss in nats per byte)")
-    for column in ("session", "cached: first", "cached: best", "fresh: best", "iterations saved", "range", "seeds"):
-        t.add_column(column, justify="right")
+    for column in ("session", "cached: first", "cached: best", "fresh: best", "saved", "seeds as good"):
+        t.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        saved, spread = row["saved_iterations"], row["saved_range"]
-        t.add_row(
-            str(row["session"]),
-            *(f"{row[name]:.3f}" for name in ("cached_first", "cached_best", "fresh_best")),
-            "never as good" if saved is None else f"{saved:.0f} of {iters}",
-            "" if spread is None else f"{spread[0]} to {spread[1]}",
-            f"{row['seeds_as_good']} of {seeds}",
-        )
+        losses = (f"{row[name]:.3f}" for name in ("cached_first", "cached_best", "fresh_best"))
+        t.add_row(str(row["session"]), *losses, saved_text(row), f"{row['seeds_as_good']} of {seeds}")
     return t
+
+
+def saved_text(row: dict[str, Any]) -> str:
+    if row["saved_iterations"] is None:
+        return "never as good"
+    low, high = row["saved_range"]
+    return f"{row['saved_iterations']:.0f}" + (f" ({low} to {high})" if low != high else "")
+
+
+def conclusion(rows: list[dict[str, Any]], iters: int) -> str:
+    saved = sum(row["saved_iterations"] or 0 for row in rows)
+    last = rows[-1]
+    return (
+        f"Where a fresh start was after its {iters} iterations, the cached sessions were {saved:.0f} of "
+        f"{len(rows) * iters} iterations earlier in all; they end at {last['cached_best']:.3f}, it at "
+        f"{last['fresh_best']:.3f}."
+    )
 
 
 def draw(runs: list[Run], iters: int, out_dir: Path) -> list[Path]:
@@ -179,6 +190,7 @@ def main() -> None:
     rows = compare(runs, options.iters)
     options.out_dir.mkdir(parents=True, exist_ok=True)
     console.print(table(rows, options.iters, options.seeds))
+    console.print(conclusion(rows, options.iters), soft_wrap=True)
     numbers = options.out_dir / "comprehensive_demo.json"
     numbers.write_bytes(orjson.dumps({"rows": rows, "runs": [asdict(r) for r in runs]}, option=orjson.OPT_INDENT_2))
     for path in (*draw(runs, options.iters, options.out_dir), numbers):

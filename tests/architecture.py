@@ -14,7 +14,7 @@ from pathlib import Path
 Tree = Mapping[str, str]
 
 FLOORS = {
-    1: ("errors", "config", "metadata", "environment"),
+    1: ("errors", "values", "config", "metadata", "environment"),
     2: ("storage", "policy", "state", "history"),
     3: ("catalog", "resume", "ledger", "adoption", "saving", "checkup", "transfer", "cache"),
     4: (
@@ -26,7 +26,7 @@ FLOORS = {
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 STAIRS = (
-    ("errors", "config", "metadata"),
+    ("errors", "values", "config", "metadata"),
     ("catalog", "resume", "ledger", "adoption", "saving", "checkup", "transfer", "cache"),
     ("curves", "tally", "signals", "startup", "session", "trainer", "display", "workflow"),
 )
@@ -36,7 +36,7 @@ TOP_LEVEL = frozenset(
     "pyproject.toml README.md ckptcache scripts tests .training-progress .github docs .ci LICENSE CHANGELOG.md "
     "constraints.txt .gitignore".split()
 )
-DOCS = frozenset("design.md cli.md errors.md formats.md names.md".split())
+DOCS = frozenset("design.md cli.md errors.md formats.md names.md comprehensive_demo.png".split())
 
 FILE_SYSTEM = "ckptcache/storage/fs.py"
 FS_NAMES = ("ckptcache.storage.fs", "fs")

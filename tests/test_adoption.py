@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ckptcache import TrainingCache
+from ckptcache.adoption import learn
 from ckptcache.metadata import SCHEMA_VERSION
+from ckptcache.storage.fs import TempFile
 from tests.caches import CONFIG, Training, as_nobody, flip, ids, let_in, listing, same, save
 
 OLD = {"oldest_0001": (100, 3.0), "oldest_0002": (200, 1.0), "oldest_0003": (300, 2.0)}
@@ -98,7 +100,7 @@ def test_another_model_is_not_restored_from_it(oldest):
     cache = TrainingCache(root)
     assert cache.restore(wide.objects) is None
     assert cache.restore(Training().objects, model_config={**CONFIG, "n_head": 4}) is None
-    assert all("does not fit" in e.reason or "fits in part" in e.reason for e in cache.explain(wide.objects))
+    assert all("does not fit" in e.reason or "fits only in part" in e.reason for e in cache.explain(wide.objects))
 
 
 def test_it_is_pruned_and_taken_into_the_present_schema_with_nothing_lost(oldest):
@@ -209,23 +211,19 @@ def test_a_file_dropped_among_the_checkpoints_is_taken_up_by_a_restore(tmp_path)
 
 
 def test_what_a_writer_is_about_to_commit_is_not_taken_for_a_file_without_a_record(tmp_path, monkeypatch):
-    writer, reader = TrainingCache(tmp_path / "c"), TrainingCache(tmp_path / "c")
+    writer, reader, seen = TrainingCache(tmp_path / "c"), TrainingCache(tmp_path / "c"), []
     save(writer, 2.0)
-    from ckptcache.storage import publish
-    from ckptcache.storage.fs import TempFile
+    publish = TempFile.publish
 
-    publish_temp, looked = TempFile.publish, []
+    def watched(self: TempFile) -> None:
+        publish(self)
+        catalog = reader.ledger.view()
+        seen.append((self.final.suffix, catalog.observed.unrecorded))
 
-    def published(self: TempFile) -> None:
-        publish_temp(self)
-        if self.final.suffix == ".pt" and not looked:
-            looked.append(reader.ledger.view().observed.unrecorded)
-
-    monkeypatch.setattr(publish.fs.TempFile, "publish", published)
+    monkeypatch.setattr(TempFile, "publish", watched)
     record = save(writer, 1.0, iteration=7)
     monkeypatch.undo()
-    assert list(looked[0]) == [record.id]
-    from ckptcache.adoption import learn
-
-    learn(reader.ledger, [], list(looked[0]))
-    assert reader.get(record.id) == record
+    assert [suffix for suffix, _ in seen] == [".json", ".pt", ".json"]
+    assert not any(unrecorded for _, unrecorded in seen)
+    learn(reader.ledger, [], [record.id])
+    assert reader.get(record.id) == record, "the record inside the file knows neither sequence nor quality"

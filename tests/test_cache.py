@@ -297,6 +297,7 @@ class Colour(Enum):
         (object(), "object"),
         (bytearray(b"x"), "bytearray"),
         (2**3000, "2040 bits"),
+        (b"", "empty bytes"),
         ({Colour.RED: 1}, "Colour"),
         ({("a", Colour.RED): 1}, "Colour"),
         ({"__ndarray__": 1}, "__ndarray__"),

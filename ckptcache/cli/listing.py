@@ -170,8 +170,9 @@ def _anything() -> Any:
 def _needed(catalog: Any, like: str | None, model_config: dict[str, Any] | None) -> tuple[Any, str]:
     """What checkpoints are judged by, and a line that says it."""
     from ckptcache import resume
-    from ckptcache.metadata import CheckpointMetadata, jsonable
+    from ckptcache.metadata import CheckpointMetadata
     from ckptcache.policy.compatibility import Description
+    from ckptcache.values import jsonable
 
     if like and model_config is not None:
         raise click.UsageError("--like and --model-config exclude each other.")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptcache.metadata import content_hash
+from ckptcache.values import content_hash
 
 
 def capture_rng() -> dict[str, Any]:

@@ -428,12 +428,12 @@ class Lease:
 def lease_state(path: Path) -> LeaseState:
     """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot, or out of reach."""
     try:
-        content = orjson.loads(read_bytes(path, limit=4096))
+        content = read_bytes(path, limit=4096)
     except FileNotFoundError:
         return "dead"
     except (OSError, ValueError, CkptCacheError):
-        content = {}
-    if not isinstance(content, dict) or any(content.get(k) != v for k, v in _this_machine().items()):
+        return "unknown"
+    if not _is_of_this_machine(content):
         return "unknown"
     lock = FileLock(path, thread_local=False)
     try:
@@ -445,11 +445,34 @@ def lease_state(path: Path) -> LeaseState:
     try:
         # The owner removed it since it was read, and taking the lock made an empty one in its place.
         with suppress(FileNotFoundError):
-            if path.stat().st_size == 0:
+            if content and path.stat().st_size == 0:
                 system.unlink(path)
     finally:
         lock.release()
     return "dead"
+
+
+def remove_dead_lease(path: Path) -> bool:
+    """Remove a lease unless somebody holds it; returns whether it went.
+
+    It goes while it is locked here: an owner-to-be that waits for it then sees that it is gone, and makes a new one.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return False
+    try:
+        system.unlink(path)
+    finally:
+        lock.release()
+    return True
+
+
+def _is_of_this_machine(content: bytes) -> bool:
+    # Also a beginning of the signature: an owner that died while signing is dead, once nobody holds the lock.
+    signature = orjson.dumps(_this_machine())[:-1]
+    return content.startswith(signature) or signature.startswith(content)
 
 
 @functools.cache

@@ -23,13 +23,11 @@ from ckptcache.metadata import (
     Fingerprint,
     NamePointer,
     SessionRecord,
-    check_depth,
     check_name,
-    content_hash,
     is_valid_id,
-    jsonable,
 )
 from ckptcache.storage import fs
+from ckptcache.values import check_depth, content_hash, jsonable
 
 INDEX_NAME = "metadata.json"
 MAX_INDEX_BYTES = 256 * 1024 * 1024

@@ -27,8 +27,9 @@ class Publication:
         beside.write(sidecar)
         beside.sync()
         self._published = True
-        for temp in self._temps:
-            temp.publish()
+        # The sidecar first: a crash in between leaves a sidecar to clean up, and no file without a record.
+        beside.publish()
+        self.file.publish()
         fs.sync_folder(self._layout.checkpoints)
 
     def keep(self) -> None:

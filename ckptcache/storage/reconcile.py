@@ -223,7 +223,8 @@ def tidy(seen: Observed, file: IndexFile, layout: Layout) -> list[Path]:
         with suppress(OSError, CkptCacheError):
             quarantine(path, layout, reason=reason)
     for path in dead:
-        _removed(path, layout)
+        with suppress(OSError):
+            fs.remove_dead_lease(path)
     return removed
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ckptcache.cache import TrainingCache
-from ckptcache.metadata import content_hash
+from ckptcache.values import content_hash
 from cli.conftest import DATA, WIDE, ckptcache_cli, save
 
 MODEL = content_hash(WIDE)

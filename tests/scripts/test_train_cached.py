@@ -243,7 +243,9 @@ def test_interrupted_it_saves_and_still_prints_its_object(number, code):
     assert "Traceback" not in stopped.err
     assert stopped.summary["stop_reason"] == "signal"
     record = TrainingCache("out/cache").get("latest")
-    assert (record.save_reason, record.iteration) == ("signal", stopped.summary["end_iteration"])
+    assert record.iteration == stopped.summary["end_iteration"]
+    # It may arrive while that very iteration is being saved for another reason; it isn't saved twice.
+    assert record.save_reason in ("signal", "interval", "improved")
     assert f"stopped by a signal: iterations 0 to {record.iteration}" in stopped.err
 
 

@@ -486,7 +486,23 @@ def test_a_lease_of_another_machine_or_boot_is_unknown(tmp_path: Path, field: st
     assert fs.lease_state(path) == "unknown"
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"{}", b"\xff" * 5000], ids=lambda c: repr(c[:4]))
+@pytest.mark.parametrize("length", [0, 1, 20])
+def test_a_lease_whose_owner_died_while_signing_is_dead_and_live_until_then(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "s.lock"
+    lease = fs.Lease(path)
+    path.write_bytes(path.read_bytes()[:length])
+    assert fs.lease_state(path) == "live"
+    assert not fs.remove_dead_lease(path)
+    content = path.read_bytes()
+    lease.release()
+    path.write_bytes(content)
+    assert fs.lease_state(path) == "dead"
+    assert path.read_bytes() == content, "looking changes nothing"
+    assert fs.remove_dead_lease(path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff" * 5000], ids=lambda c: repr(c[:4]))
 def test_a_lease_that_cannot_be_read_is_unknown(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s.lock").write_bytes(content)
     assert fs.lease_state(tmp_path / "s.lock") == "unknown"

@@ -295,7 +295,7 @@ def test_the_file_of_a_writer_on_another_machine_is_let_be(full):
     assert full.layout.lease("far").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"x" * 10_000, b'{"host": []}'])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"x" * 10_000, b'{"host": []}'])
 def test_a_lease_that_cannot_be_read_is_nobody_s_to_end(full, content):
     full.layout.lease("odd").write_bytes(content)
     temp = full.layout.checkpoints / "ckpt_new.json.odd.tmp"
