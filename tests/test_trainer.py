@@ -198,6 +198,15 @@ def test_gradients_are_clipped_to_their_norm(tmp_path):
     assert moved(0.01) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_the_scheduler_is_stepped_once_a_step_and_over_sessions(tmp_path):
+    made(tmp_path, scheduler=schedule, gradient_accumulation_steps=2, max_iters=4).train()
+    trainer = made(tmp_path, scheduler=schedule, gradient_accumulation_steps=2, max_iters=10)
+    trainer.train()
+    expected = 0.01 * (1 + math.cos(math.pi * 10 / 40))
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    assert trainer.session.cache.get("latest").learning_rate == pytest.approx((expected,))
+
+
 def scaled(folder, **options):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     return made(folder, scaler=scaler, **options)
