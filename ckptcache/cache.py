@@ -19,6 +19,7 @@ from ckptcache.errors import (
     CheckpointNotFound,
     CkptCacheError,
     ConfigError,
+    InvalidName,
 )
 from ckptcache.ledger import Ledger
 from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name
@@ -69,7 +70,8 @@ class TrainingCache:
         else:
             where: dict[str, Any] = {} if config is None else {"cache_dir": os.fspath(config)}
             self.config = CacheConfig(**where, **settings)
-        self.ledger = Ledger(Path(self.config.cache_dir), self.config)
+        # Absolute from here on: a program that changes its folder must not change its cache.
+        self.ledger = Ledger(Path(self.config.cache_dir).absolute(), self.config)
         self.last_evicted: Mapping[str, str] = {}
         """What the latest save or prune evicted, as id to reason."""
         self._saver: Saver | None = None
@@ -77,8 +79,8 @@ class TrainingCache:
 
     @property
     def cache_dir(self) -> Path:
-        """The folder."""
-        return self.ledger.layout.root
+        """The folder, as it was given."""
+        return Path(self.config.cache_dir)
 
     @cached_property
     def data(self) -> DataCache:
@@ -428,6 +430,8 @@ class TrainingCache:
         with self.ledger.change() as change:
             catalog = change.catalog()
             record = resume.find(catalog, wanted)
+            if name in change.index.checkpoints:
+                raise InvalidName(name=name, reason="a checkpoint has that id")
             held = change.index.names.get(name)
             change.index.names[name] = NamePointer(
                 checkpoint=record.id, revision=0 if held is None else held.revision + 1

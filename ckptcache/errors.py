@@ -182,8 +182,8 @@ class SaveFailed(CkptCacheError):
 
 
 class NoSpace(SaveFailed):
-    """{id} needs {needed} bytes in {path}, where {free} are free: make room, or lower
-    max_cache_size_gb. What was there before is untouched."""
+    """{id} needs {needed} bytes in {path}, where {free} are free: make room, for instance with
+    `ckptcache prune --max-checkpoints N`, or lower the limits. What is within them is untouched."""
 
 
 class ExportFailed(CkptCacheError):

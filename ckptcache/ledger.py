@@ -1,5 +1,6 @@
 """The index as a living thing: viewed without a lock, changed under one, by many processes at once."""
 
+import dataclasses
 import logging
 import os
 import secrets
@@ -12,7 +13,7 @@ from pathlib import Path
 from ckptcache.catalog import Catalog
 from ckptcache.config import CacheConfig
 from ckptcache.errors import CacheDirIsFile, CacheDirNotReadable, CacheDirNotWritable
-from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.metadata import CheckpointMetadata, SessionRecord, thin
 from ckptcache.storage import fs
 from ckptcache.storage.index import Index, IndexFile, merge
 from ckptcache.storage.layout import Layout
@@ -20,6 +21,10 @@ from ckptcache.storage.publish import remove_checkpoint
 from ckptcache.storage.reconcile import Observed, Opened, leases, observe, open_index, quarantine, set_aside, tidy
 
 log = logging.getLogger("ckptcache")
+FULL_CURVES = 20
+"""How many of the newest sessions keep their curves in full."""
+SHORT_CURVE = 20
+"""Points that each curve of an older session keeps."""
 
 
 class Change:
@@ -54,8 +59,18 @@ class Change:
         """Make it durable. From here on it counts."""
         for id in self.catalog().surplus_records():
             del self.index.checkpoints[id]
+        _thin_old_sessions(self.index)
         self._ledger.file.commit(self.index, writer=self._ledger.writer)
         self.is_dirty = False
+
+
+def _thin_old_sessions(index: Index) -> None:
+    """Keep the curves of old sessions short: in a repository that trains for years they would be all there is."""
+    by_age = sorted(index.sessions.values(), key=lambda s: s.order, reverse=True)
+    for session in by_age[FULL_CURVES:]:
+        if any(len(points) > SHORT_CURVE for points in session.curves.values()):
+            short = {name: thin(points, SHORT_CURVE) for name, points in session.curves.items()}
+            index.sessions[session.id] = dataclasses.replace(session, curves=short)
 
 
 class Ledger:

@@ -113,14 +113,15 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     """
     records = catalog.index.checkpoints
     pointer = catalog.index.names.get(wanted)
-    if wanted in records:
-        return records[wanted]
-    if pointer is not None and pointer.checkpoint in records:
-        return records[pointer.checkpoint]
+    # Words and names first: a file that was taken up from elsewhere may be called anything.
     if wanted in ("best", "latest"):
         found = catalog.latest() if wanted == "latest" else next(iter(catalog.candidates(Description())), None)
         if found is not None:
             return records[found.id]
+    if pointer is not None and pointer.checkpoint in records:
+        return records[pointer.checkpoint]
+    if wanted in records:
+        return records[wanted]
     matches = sorted(id for id in records if wanted and id.startswith(wanted))
     if len(matches) > 1:
         raise AmbiguousId(prefix=wanted, count=len(matches), examples=", ".join(matches[:3]))
