@@ -448,7 +448,9 @@ def train(rest: list[str], verbose: bool) -> int:
         raise Problem("scripts/train_cached.py is not there yet.")
     python = interpreter((), verbose)
     # It ends with the command to go on, which should be the one that was typed.
-    typed = shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(rest)])
+    name = Path(sys.orig_argv[0]).name
+    python3, *words = sys.orig_argv[: len(sys.orig_argv) - len(rest)]
+    typed = shlex.join([name if shutil.which(name) else python3, *words])
     become(Interpreter(python.path, {**python.environment, "CKPTCACHE_STARTED_BY": typed}), [str(script), *rest])
 
 

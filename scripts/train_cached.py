@@ -296,7 +296,8 @@ def interpreter() -> str:
 def command_line_tool() -> str:
     """The `ckptcache` of this Python, by its name alone where that finds it."""
     own = Path(sys.executable).with_name("ckptcache")
-    found = shutil.which("ckptcache")
+    # dev.py puts .venv on the PATH of what it starts, and not on that of whoever typed it.
+    found = None if STARTER in os.environ else shutil.which("ckptcache")
     if found is not None and (Path(found) == own or not own.exists()):
         return "ckptcache"
     if not own.exists():
