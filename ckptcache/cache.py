@@ -19,14 +19,16 @@ from ckptcache.errors import (
     CheckpointNotFound,
     CkptCacheError,
     ConfigError,
+    InvalidName,
 )
 from ckptcache.ledger import Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name, jsonable, texts
-from ckptcache.metadata import text as as_text
+from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage import fs
 from ckptcache.storage.datacache import DataCache
+from ckptcache.values import jsonable, texts
+from ckptcache.values import text as as_text
 
 if TYPE_CHECKING:
     from ckptcache.saving import Draft, Saver
@@ -68,7 +70,8 @@ class TrainingCache:
         else:
             where: dict[str, Any] = {} if config is None else {"cache_dir": os.fspath(config)}
             self.config = CacheConfig(**where, **settings)
-        self.ledger = Ledger(Path(self.config.cache_dir), self.config)
+        # Absolute from here on: a program that changes its folder must not change its cache.
+        self.ledger = Ledger(Path(self.config.cache_dir).absolute(), self.config)
         self.last_evicted: Mapping[str, str] = {}
         """What the latest save or prune evicted, as id to reason."""
         self._saver: Saver | None = None
@@ -76,8 +79,8 @@ class TrainingCache:
 
     @property
     def cache_dir(self) -> Path:
-        """The folder."""
-        return self.ledger.layout.root
+        """The folder, as it was given."""
+        return Path(self.config.cache_dir)
 
     @cached_property
     def data(self) -> DataCache:
@@ -192,6 +195,10 @@ class TrainingCache:
 
     # --- looking ---------------------------------------------------------------------------------
 
+    def view(self) -> Catalog:
+        """Everything at one instant: records, scores, groups and verdicts that belong together."""
+        return self._catalog()
+
     def checkpoints(self, *, everything: bool = False) -> list[CheckpointMetadata]:
         """The available checkpoints, best first; with `everything`, all records, whether their files are there or not.
 
@@ -232,7 +239,7 @@ class TrainingCache:
             model: a module, or a mapping of the objects that are to be restored; None compares configurations only.
         """
         needed = self.needed(model, model_config=model_config, data_config=data_config)
-        return next(iter(self._catalog(needed).candidates(needed)), None)
+        return self._catalog(needed).best(needed)
 
     def explain(self, model: Any = None, *, model_config: Any = None, data_config: Any = None) -> list[Explanation]:
         """For every checkpoint that wasn't evicted, in the order "best" tries them: its score taken apart,
@@ -423,6 +430,8 @@ class TrainingCache:
         with self.ledger.change() as change:
             catalog = change.catalog()
             record = resume.find(catalog, wanted)
+            if name in change.index.checkpoints:
+                raise InvalidName(name=name, reason="a checkpoint has that id")
             held = change.index.names.get(name)
             change.index.names[name] = NamePointer(
                 checkpoint=record.id, revision=0 if held is None else held.revision + 1
@@ -450,9 +459,15 @@ class TrainingCache:
             change.put(record.changed(**fields(record)))
             return change.catalog().scored(change.index.checkpoints[record.id])
 
-    def record_session(self, session: SessionRecord) -> SessionRecord:
-        """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept."""
+    def record_session(self, session: SessionRecord, configs: Mapping[str, Any] | None = None) -> SessionRecord:
+        """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept.
+
+        Args:
+            configs: its model's, training's and data's configuration by name, as plain values.
+        """
         with self.ledger.change() as change:
+            if configs is not None:
+                session = dataclasses.replace(session, config=change.index.store_config(dict(configs)))
             if session.sequence == 0:
                 session = dataclasses.replace(session, sequence=change.index.sequence + 1)
             change.put_session(session)
@@ -480,15 +495,18 @@ class TrainingCache:
         """Counts and bytes, limits, groups and prepared data."""
         return checkup.stats(self.ledger.view(), self.data)
 
-    def doctor(self, *, repair: bool = False, verify: bool = True) -> list[checkup.Finding]:
+    def doctor(
+        self, *, repair: bool = False, verify: bool = True, progress: Callable[[int, int], None] | None = None
+    ) -> list[checkup.Finding]:
         """Examine everything: index, sidecars, files, leftovers; with `repair`, mend what can be mended.
 
         Args:
             repair: set aside a broken index and rebuild it, adopt files without a record, quarantine
                 damaged files, and remove what crashes left behind.
             verify: read every file and compare its digest, which takes as long as reading them.
+            progress: called with the bytes verified so far and the bytes in all.
         """
-        return checkup.examine(self.ledger, repair=repair, verify=verify)
+        return checkup.examine(self.ledger, repair=repair, verify=verify, progress=progress)
 
     def rerank(self, **settings: Any) -> list[checkup.Move]:
         """What would move if quality were scored with other settings, such as ``quality_weight_loss=0.5``.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckptcache.config import CacheConfig
-from ckptcache.metadata import CheckpointMetadata, Fingerprint
+from ckptcache.metadata import CheckpointMetadata, Fingerprint, SessionRecord
 from ckptcache.policy import quality, retention
 from ckptcache.policy.compatibility import Description, Group, Verdict, group_of, judge
 from ckptcache.policy.quality import Score
@@ -74,8 +74,8 @@ class Catalog:
         """What is known of the model and data of a checkpoint."""
         return Description(
             fingerprint=self.index.fingerprints.get(record.fingerprint or ""),
-            model_config=self.index.configs.get(record.model_config or ""),
-            data_config=self.index.configs.get(record.data_config or ""),
+            model_config=_mapping(self.index.configs.get(record.model_config or "")),
+            data_config=_mapping(self.index.configs.get(record.data_config or "")),
         )
 
     def group(self, record: CheckpointMetadata) -> Group:
@@ -174,9 +174,37 @@ class Catalog:
         chosen = next((r.id for r in ordered if self._eligible(r, verdicts[r.id])), None)
         return [self._explanation(r, verdicts[r.id], r.id == chosen) for r in ordered]
 
+    def prevailing(self) -> tuple[Description, SessionRecord | CheckpointMetadata | None]:
+        """What the next run would need, as far as the index can tell, and from what that is known.
+
+        The newest session's own checkpoints tell most; a session without any is known by its configuration, or by
+        the checkpoint that it resumed from. Without a session, the newest checkpoint tells.
+        """
+        for session in sorted(self.index.sessions.values(), key=_order, reverse=True)[:1]:
+            described = self._trained_by(session)
+            if described is not None:
+                return described, session
+        newest = max(self.index.checkpoints.values(), key=_order, default=None)
+        return (Description(), None) if newest is None else (self.description(newest), newest)
+
+    def _trained_by(self, session: SessionRecord) -> Description | None:
+        own = [r for r in self.index.checkpoints.values() if r.session == session.id]
+        if own:
+            return self.description(max(own, key=_order))
+        declared = self.index.configs.get(session.config or "")
+        if isinstance(declared, Mapping) and ("model_config" in declared or "data_config" in declared):
+            return Description(None, _mapping(declared.get("model_config")), _mapping(declared.get("data_config")))
+        parent = self.index.checkpoints.get(session.parent or "")
+        return None if parent is None else self.description(parent)
+
     def candidates(self, needed: Description) -> list[CheckpointMetadata]:
         """What "best" would try, in that order."""
-        return [self.scored(e.record) for e in self.explain(needed) if e.eligible]
+        return [e.record for e in self.explain(needed) if e.eligible]
+
+    def best(self, needed: Description) -> CheckpointMetadata | None:
+        """The first of `candidates`, with its quality; None where nothing fits."""
+        first = next(iter(self.candidates(needed)), None)
+        return None if first is None else self.scored(first)
 
     def _eligible(self, record: CheckpointMetadata, verdict: Verdict) -> bool:
         is_sound = self.scores[record.id].status != "diverged"
@@ -252,8 +280,13 @@ class Catalog:
         return [r.id for r in lowest[:excess]]
 
 
-def _order(record: CheckpointMetadata) -> tuple[int, str]:
+def _order(record: CheckpointMetadata | SessionRecord) -> tuple[int, str]:
     return record.order
+
+
+def _mapping(config: Any) -> Mapping[str, Any] | None:
+    """`config`, unless an index from elsewhere holds something that can't be compared: that declares nothing."""
+    return config if isinstance(config, Mapping) else None
 
 
 def _known_quality(score: Score) -> float:

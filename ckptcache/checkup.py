@@ -1,7 +1,7 @@
 """Looking after a cache: what it holds, what is wrong with it, and what other weights would change."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,9 +117,11 @@ def _places(catalog: Catalog) -> dict[str, int]:
 # --- the doctor ----------------------------------------------------------------------------------
 
 
-def examine(ledger: Ledger, *, repair: bool, verify: bool) -> list[Finding]:
+def examine(
+    ledger: Ledger, *, repair: bool, verify: bool, progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
     """Everything that is wrong or untidy; with `repair`, mended where it can be, and said so."""
-    found = _look(ledger, verify)
+    found = _look(ledger, verify, progress)
     if not repair or not found.findings:
         return found.findings
     _repair(ledger, found)
@@ -137,7 +139,7 @@ class _Found:
     """Whether the index can't be read and there is nothing to rebuild it from."""
 
 
-def _look(ledger: Ledger, verify: bool) -> _Found:
+def _look(ledger: Ledger, verify: bool, progress: Callable[[int, int], None] | None = None) -> _Found:
     with ledger.steady():
         try:
             opened = open_index(ledger.file, ledger.layout)
@@ -147,7 +149,7 @@ def _look(ledger: Ledger, verify: bool) -> _Found:
         sidecars = _sidecar_faults(ledger, observed)
         findings = [*_of_index(ledger, opened), *_of_records(opened.index, observed), *_of_leases(ledger)]
     if verify:
-        findings += _of_contents(ledger, opened.index, observed)
+        findings += _of_contents(ledger, opened.index, observed, progress)
     findings += [Finding("sidecar", id, text, is_damage) for id, (text, is_damage) in sidecars.items()]
     return _Found(findings, observed, sidecars)
 
@@ -200,11 +202,13 @@ def _sidecar_faults(ledger: Ledger, observed: Observed) -> dict[str, tuple[str, 
     return faults
 
 
-def _of_contents(ledger: Ledger, index: Index, observed: Observed) -> list[Finding]:
+def _of_contents(
+    ledger: Ledger, index: Index, observed: Observed, progress: Callable[[int, int], None] | None
+) -> list[Finding]:
     from ckptcache.storage import ptfile
 
-    findings = []
-    for id in sorted(observed.available):
+    findings, done, total = [], 0, sum(observed.available.values())
+    for id, size in sorted(observed.available.items()):
         record = index.checkpoints[id]
         try:
             ptfile.verify(ledger.layout.locate(id), size=record.size, digest=record.digest)
@@ -213,6 +217,9 @@ def _of_contents(ledger: Ledger, index: Index, observed: Observed) -> list[Findi
         except CkptCacheError as error:
             observed.damaged[id] = str(error.fields["reason"])
             findings.append(Finding("damaged", id, observed.damaged[id], True))
+        done += size
+        if progress is not None:
+            progress(done, total)
     return findings
 
 

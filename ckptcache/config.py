@@ -5,14 +5,19 @@ An argument wins over a ``CKPTCACHE_*`` environment variable, that over ``ckptca
 the default.
 """
 
+import ast
 import difflib
+import functools
+import inspect
+import itertools
 import math
 import os
+import textwrap
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckptcache.errors import ConfigError, InvalidConfigFile, UnknownSetting
 
@@ -183,6 +188,24 @@ def _parse(name: str, text: str) -> Any:
         return float(text) if name.startswith(("quality_", "min_")) or "_gb" in name or "_hours" in name else int(text)
     except ValueError:
         return text
+
+
+def setting_help(kind: type[Any], name: str) -> str:
+    """What the docstring after a setting says, and its default: for command lines."""
+    found = next(f for f in fields(kind) if f.name == name)
+    default = found.metadata.get("default", found.default)
+    text = _attribute_docs(cast(Hashable, kind)).get(name, "").split("\n")[0].rstrip(".")
+    return f"{text} (default: {default})" if default is not None else text
+
+
+@functools.cache
+def _attribute_docs(kind: Any) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    found = {}
+    for field_, text in itertools.pairwise(getattr(body, "body", [])):
+        if isinstance(field_, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[ast.unparse(field_.target)] = str(text.value.value)
+    return found
 
 
 # --- validation ----------------------------------------------------------------------------------

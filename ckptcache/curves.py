@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ckptcache.metadata import MAX_CURVE_POINTS, as_float, thin
+from ckptcache.errors import InvalidValue
+from ckptcache.metadata import MAX_CURVE_POINTS, thin
+from ckptcache.values import as_float
 
 _HELD = 4 * MAX_CURVE_POINTS
 
@@ -18,9 +20,11 @@ class Curves:
         self._latest: dict[str, tuple[int, Any]] = {}
 
     def add(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """Append one value per name: a number, or a tensor with one element, which is read later."""
-        for name, value in values.items():
-            held = value.detach() if hasattr(value, "detach") else value
+        """Append one value per name: a number, or a tensor with one element; one on a GPU is read later.
+
+        Raises InvalidValue for anything else, and appends nothing.
+        """
+        for name, held in [(name, _held(value, name)) for name, value in values.items()]:
             self._latest[name] = point = (iteration, held)
             count = self._seen.get(name, 0)
             self._seen[name] = count + 1
@@ -40,6 +44,17 @@ class Curves:
         curves = {}
         for name, points in self._points.items():
             last = self._latest[name]
-            whole = points if points[-1] == last else [*points, last]
-            curves[name] = tuple((i, as_float(v, name)) for i, v in thin(whole))
+            whole = points if points[-1] is last else [*points, last]
+            # Six digits are more than any picture shows, and a float32 written out in full has seventeen.
+            curves[name] = tuple((i, float(f"{as_float(v, name):.6g}")) for i, v in thin(whole))
         return curves
+
+
+def _held(value: Any, name: str) -> Any:
+    """What stays as it is now: a number, or a copy on the device, which a buffer that is written again would not be."""
+    device = getattr(value, "device", None)
+    if getattr(device, "type", "cpu") == "cpu":
+        return as_float(value, name)
+    if value.numel() != 1:
+        raise InvalidValue(name=name, value=f"a tensor of shape {list(value.shape)}", reason="it is not a number")
+    return value.detach().clone()

@@ -86,6 +86,12 @@ class CacheNotFound(CkptCacheError):
     exit_code = 3
 
 
+class AmbiguousCache(CkptCacheError):
+    """{count} caches lie equally near ({examples}): choose one with --cache-dir or CKPTCACHE_DIR."""
+
+    exit_code = 2
+
+
 class CacheDirIsFile(CkptCacheError):
     """{path} is a file, and a cache needs a folder: choose another cache_dir, or move the file."""
 
@@ -176,8 +182,8 @@ class SaveFailed(CkptCacheError):
 
 
 class NoSpace(SaveFailed):
-    """{id} needs {needed} bytes in {path}, where {free} are free: make room, or lower
-    max_cache_size_gb. What was there before is untouched."""
+    """{id} needs {needed} bytes in {path}, where {free} are free: make room, for instance with
+    `ckptcache prune --max-checkpoints N`, or lower the limits. What is within them is untouched."""
 
 
 class ExportFailed(CkptCacheError):

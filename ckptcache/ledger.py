@@ -1,8 +1,10 @@
 """The index as a living thing: viewed without a lock, changed under one, by many processes at once."""
 
+import dataclasses
 import logging
 import os
 import secrets
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +13,7 @@ from pathlib import Path
 from ckptcache.catalog import Catalog
 from ckptcache.config import CacheConfig
 from ckptcache.errors import CacheDirIsFile, CacheDirNotReadable, CacheDirNotWritable
-from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.metadata import CheckpointMetadata, SessionRecord, thin
 from ckptcache.storage import fs
 from ckptcache.storage.index import Index, IndexFile, merge
 from ckptcache.storage.layout import Layout
@@ -19,6 +21,10 @@ from ckptcache.storage.publish import remove_checkpoint
 from ckptcache.storage.reconcile import Observed, Opened, leases, observe, open_index, quarantine, set_aside, tidy
 
 log = logging.getLogger("ckptcache")
+FULL_CURVES = 20
+"""How many of the newest sessions keep their curves in full."""
+SHORT_CURVE = 20
+"""Points that each curve of an older session keeps."""
 
 
 class Change:
@@ -53,8 +59,18 @@ class Change:
         """Make it durable. From here on it counts."""
         for id in self.catalog().surplus_records():
             del self.index.checkpoints[id]
+        _thin_old_sessions(self.index)
         self._ledger.file.commit(self.index, writer=self._ledger.writer)
         self.is_dirty = False
+
+
+def _thin_old_sessions(index: Index) -> None:
+    """Keep the curves of old sessions short: in a repository that trains for years they would be all there is."""
+    by_age = sorted(index.sessions.values(), key=lambda s: s.order, reverse=True)
+    for session in by_age[FULL_CURVES:]:
+        if any(len(points) > SHORT_CURVE for points in session.curves.values()):
+            short = {name: thin(points, SHORT_CURVE) for name, points in session.curves.items()}
+            index.sessions[session.id] = dataclasses.replace(session, curves=short)
 
 
 class Ledger:
@@ -71,11 +87,8 @@ class Ledger:
         self.file = IndexFile(root)
         self.overlay = Index()
         """What was learned of records in a folder that can't be written."""
-        self._leases: dict[str, fs.Lease] = {}
-        self._writer = ""
-        self._owner = 0
         self._is_tidy = False
-        self._finalizer = weakref.finalize(self, _release_all, self._leases)
+        self._own()
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -198,21 +211,31 @@ class Ledger:
     def writer(self) -> str:
         """This process's name in the temporary files it writes; its lease says whether it still lives."""
         if self._owner != os.getpid():
-            # A forked child is a writer of its own; the parent's leases stay the parent's.
-            self._owner, self._leases = os.getpid(), {}
-            self._finalizer = weakref.finalize(self, _release_all, self._leases)
-            self._writer = f"writer_{secrets.token_hex(6)}"
+            self._own()
         return self._writer
+
+    def _own(self) -> None:
+        """Begin as a writer of its own, as a forked child must: the leases and locks stay the parent's."""
+        self._owner = os.getpid()
+        self._leases: dict[str, fs.Lease] = {}
+        self._threads = threading.Lock()
+        self._finalizer = weakref.finalize(self, _release_all, self._leases)
+        self._writer = f"writer_{secrets.token_hex(6)}"
 
     def hold(self, owner: str) -> None:
         """Hold the lease of a session or writer until it is released or this process ends."""
         self.writer  # noqa: B018 - notices a fork
-        if owner not in self._leases:
-            fs.ensure_folder(self.layout.sessions)
-            try:
-                self._leases[owner] = fs.Lease(self.layout.lease(owner))
-            except OSError as error:
-                raise CacheDirNotWritable(path=self.layout.sessions, reason=fs.reason_of(error)) from error
+        # Two threads that took the same lease would wait for each other's lock.
+        with self._threads:
+            if owner not in self._leases:
+                self._leases[owner] = self._lease(owner)
+
+    def _lease(self, owner: str) -> fs.Lease:
+        fs.ensure_folder(self.layout.sessions)
+        try:
+            return fs.Lease(self.layout.lease(owner))
+        except OSError as error:
+            raise CacheDirNotWritable(path=self.layout.sessions, reason=fs.reason_of(error)) from error
 
     def release(self, owner: str) -> None:
         """Give a lease back."""

@@ -113,14 +113,15 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     """
     records = catalog.index.checkpoints
     pointer = catalog.index.names.get(wanted)
-    if wanted in records:
-        return records[wanted]
-    if pointer is not None and pointer.checkpoint in records:
-        return records[pointer.checkpoint]
+    # Words and names first: a file that was taken up from elsewhere may be called anything.
     if wanted in ("best", "latest"):
         found = catalog.latest() if wanted == "latest" else next(iter(catalog.candidates(Description())), None)
         if found is not None:
             return records[found.id]
+    if pointer is not None and pointer.checkpoint in records:
+        return records[pointer.checkpoint]
+    if wanted in records:
+        return records[wanted]
     matches = sorted(id for id in records if wanted and id.startswith(wanted))
     if len(matches) > 1:
         raise AmbiguousId(prefix=wanted, count=len(matches), examples=", ".join(matches[:3]))
@@ -129,10 +130,13 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     return records[matches[0]]
 
 
-def why_not(explanations: list[Explanation], limit: int = 5) -> list[str]:
-    """For each checkpoint that can't be resumed from, one line that says why; at most `limit`."""
+def why_not(explanations: list[Explanation], limit: int = 10) -> list[str]:
+    """For each checkpoint that can't be resumed from a line that says why; a reason is spelled out once."""
     rejected = [e for e in explanations if not e.eligible]
-    lines = [f"{e.record.id}: {e.reason}" for e in rejected[:limit]]
-    if len(rejected) > limit:
-        lines.append(f"and {len(rejected) - limit} more (`ckptcache explain` lists all)")
-    return lines
+    lines: list[str] = []
+    seen: set[str] = set()
+    for e in rejected[:limit]:
+        lines.append(f"{e.record.id}: {'likewise' if e.reason in seen else e.reason}")
+        seen = {e.reason}
+    more = len(rejected) - limit
+    return [*lines, f"and {more} more (`ckptcache explain` lists all)"] if more > 0 else lines

@@ -16,16 +16,7 @@ from ckptcache.catalog import Catalog
 from ckptcache.environment import environment
 from ckptcache.errors import CkptCacheError, InvalidValue, NoSpace, NotSavable, SaveFailed
 from ckptcache.ledger import Change, Ledger
-from ckptcache.metadata import (
-    CheckpointMetadata,
-    SessionRecord,
-    as_float,
-    jsonable,
-    new_checkpoint_id,
-    text,
-    texts,
-    utc_now,
-)
+from ckptcache.metadata import CheckpointMetadata, SessionRecord, new_checkpoint_id, utc_now
 from ckptcache.policy import quality, retention
 from ckptcache.policy.compatibility import Description, architecture_key
 from ckptcache.state.capture import Captured, capture, walk
@@ -34,6 +25,7 @@ from ckptcache.storage import fs, ptfile
 from ckptcache.storage.index import Index
 from ckptcache.storage.publish import Publication
 from ckptcache.storage.reconcile import Observed, sidecar_bytes
+from ckptcache.values import as_float, jsonable, text, texts
 
 log = logging.getLogger("ckptcache")
 _OVERHEAD = 1 << 20
@@ -142,7 +134,7 @@ class Saver:
         The file is there before the others are looked for, so that of two writers at least one notices.
         """
         layout = self._ledger.layout
-        _check_space(draft, layout.checkpoints)
+        self._make_room(draft)
         self._ledger.hold(self._ledger.writer)
         while True:
             id = draft.record.id
@@ -154,6 +146,17 @@ class Saver:
                 publication.withdraw()
             record = dataclasses.replace(draft.record, id=new_checkpoint_id(draft.record.iteration, draft.architecture))
             draft = dataclasses.replace(draft, record=record)
+
+    def _make_room(self, draft: Draft) -> None:
+        """Where the disk is full, give up what is beyond the limits already; never the best or the latest for it."""
+        needed, folder = _bytes_needed(draft), self._ledger.layout.checkpoints
+        if needed > fs.free_bytes(folder) and self._ledger.config.auto_cleanup and folder.exists():
+            with self._ledger.change() as change:
+                catalog = change.catalog()
+                plan = catalog.retention_plan(catalog.latest(), self._ledger.live_sessions(change.index))
+                self._ledger.evict(change, plan.evicted)
+        if needed > (free := fs.free_bytes(folder)):
+            raise NoSpace(id=draft.record.id, path=folder, needed=needed, free=free)
 
     def _write(self, draft: Draft, publication: Publication) -> CheckpointMetadata:
         id, layout = draft.record.id, self._ledger.layout
@@ -307,15 +310,13 @@ def _embedded(draft: Draft) -> dict[str, Any]:
     return document
 
 
-def _check_space(draft: Draft, folder: Path) -> None:
+def _bytes_needed(draft: Draft) -> int:
     storages = {
         (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
         for _, t in walk(draft.state)
         if isinstance(t, torch.Tensor) and t.layout is torch.strided
     }
-    needed, free = sum(storages.values()) + _OVERHEAD, fs.free_bytes(folder)
-    if needed > free:
-        raise NoSpace(id=draft.record.id, path=folder, needed=needed, free=free)
+    return sum(storages.values()) + _OVERHEAD
 
 
 @contextmanager

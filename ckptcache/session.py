@@ -1,8 +1,10 @@
 """TrainingSession: one process's stretch of training. It resumes, logs, saves, and leaves a record."""
 
+import contextlib
 import dataclasses
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -13,22 +15,39 @@ from typing import Any, Self
 import orjson
 
 from ckptcache.cache import TrainingCache
-from ckptcache.curves import Curves
 from ckptcache.environment import environment
-from ckptcache.errors import CacheDirNotWritable, DuplicateName, LockTimeout, SaveFailed, SessionClosed
-from ckptcache.metadata import CheckpointMetadata, SessionRecord, encode_float, new_session_id, utc_now
+from ckptcache.errors import (
+    CacheDirIsFile,
+    CacheDirNotWritable,
+    CkptCacheError,
+    DuplicateName,
+    IndexDamaged,
+    IndexTooNew,
+    IndexUnreadable,
+    InvalidValue,
+    LockTimeout,
+    SaveFailed,
+    SessionClosed,
+)
+from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord, new_session_id, utc_now
 from ckptcache.signals import SignalWatch
-from ckptcache.startup import Startup, start
+from ckptcache.startup import Startup, avoid_repeating, start
 from ckptcache.state.capture import capture
 from ckptcache.state.restore import RNG, apply
 from ckptcache.state.rng import capture_rng
-from ckptcache.stepping import StepCounter
+from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
 from ckptcache.storage.ptfile import HEADER
+from ckptcache.tally import Tally, summary_of
+from ckptcache.values import jsonable
 
 log = logging.getLogger("ckptcache")
 SUMMARY_NAME = "training_summary.json"
-_SURVIVABLE = (SaveFailed, CacheDirNotWritable, LockTimeout)
+_SURVIVABLE = (
+    *(SaveFailed, CacheDirNotWritable, CacheDirIsFile, LockTimeout),
+    *(IndexDamaged, IndexTooNew, IndexUnreadable),
+)
+"""What the folder, and not the training, is to blame for."""
 
 
 class TrainingSession:
@@ -49,6 +68,10 @@ class TrainingSession:
         max_seconds: stop, with a last save, once so many seconds have passed since entry.
         summary_path: where the summary goes; the cache's folder if left out.
         objects: anything else to save and restore, by name: what `TrainingCache.save` takes.
+
+    Raises:
+        InvalidValue: an interval, a limit or a configuration doesn't work.
+        DuplicateName: a name is taken.
 
     Raises (at entry):
         NotSavable: an object could be saved and never be read back; it is named.
@@ -72,30 +95,33 @@ class TrainingSession:
         seed: int = 0,
         checkpoint_interval: int | None = None,
         max_seconds: float | None = None,
-        summary_path: Path | None = None,
+        summary_path: str | os.PathLike[str] | None = None,
         **objects: Any,
     ) -> None:
+        _check_above_0("checkpoint_interval", checkpoint_interval)
+        _check_above_0("max_seconds", max_seconds)
+        configs = {"model_config": model_config, "data_config": data_config, "training_config": training_config}
         self.cache = cache
         self.id = new_session_id()
-        self.configs = {"model_config": model_config, "data_config": data_config, "training_config": training_config}
+        self.configs: dict[str, Any] = {
+            name: None if value is None else jsonable(value, name) for name, value in configs.items()
+        }
         self.resume = resume
         self.seed = seed
         self.checkpoint_interval = checkpoint_interval
         self.max_seconds = max_seconds
-        self.summary_path = summary_path or cache.cache_dir / SUMMARY_NAME
+        self.summary_path = Path(summary_path) if summary_path else cache.cache_dir / SUMMARY_NAME
         self._objects: dict[str, Any] = {}
         standard = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "loader": loader}
         for name, value in {**{k: v for k, v in standard.items() if v is not None}, **objects}.items():
             self._add(name, value)
         self._state = "new"
         self._startup = Startup()
-        self._record = SessionRecord(id=self.id)
-        self._curves = Curves()
+        self._tally = Tally(SessionRecord(id=self.id))
+        self._final: SessionRecord | None = None
         self._counter = StepCounter(0)
         self._signals = SignalWatch()
-        self._evaluated: tuple[int, float, dict[str, float]] | None = None
-        self._saved_at: int | None = None
-        self._last_saved: CheckpointMetadata | None = None
+        self._owes_interval = False
         self._stop_reason: str | None = None
         self._clock = time.monotonic()
 
@@ -112,6 +138,11 @@ class TrainingSession:
         return self._startup.iteration
 
     @property
+    def is_comparable(self) -> bool:
+        """Whether the losses of `resumed_from` were measured on the validation data at hand."""
+        return self._startup.is_comparable
+
+    @property
     def messages(self) -> tuple[str, ...]:
         """What was found, what was chosen and why, what was passed over and why; a line each."""
         return self._startup.messages
@@ -122,16 +153,26 @@ class TrainingSession:
         return self._counter.iteration
 
     @property
+    def stop_reason(self) -> str | None:
+        """Why `steps` ended; None while it goes on."""
+        return self._stop_reason
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has ended."""
+        return self._state == "closed"
+
+    @property
+    def evaluated_at(self) -> int | None:
+        """The iteration of the last evaluation in this session; None before the first."""
+        return self._tally.evaluated_at
+
+    @property
     def record(self) -> SessionRecord:
-        """The session's record as it stands."""
-        return dataclasses.replace(
-            self._record,
-            end_iteration=self.iteration,
-            seconds=round(time.monotonic() - self._clock, 3),
-            curves=self._curves.thinned(),
-            stop_reason=self._stop_reason,
-            revision=self._record.revision + 1,
-        )
+        """The session's record as it stands, and once the session is closed, as it was then."""
+        if self._final is not None:
+            return self._final
+        return self._tally.as_of(self.iteration, time.monotonic() - self._clock, self._stop_reason)
 
     # --- entry and exit --------------------------------------------------------------------------
 
@@ -140,43 +181,53 @@ class TrainingSession:
             raise SessionClosed(session=self.id)
         self._clock = time.monotonic()
         capture(self._objects)  # what can't be saved is refused now, and not after hours
+        if self.resume not in RESERVED_NAMES:
+            self.cache.choose(self.cache.needed(self._objects, **self._needed()), self.resume)
         self.cache.ledger.hold(self.id)
         try:
-            self._startup = start(self.cache, self.id, self._objects, self.configs, resume=self.resume, seed=self.seed)
-            self._counter = StepCounter(self._startup.iteration, self._objects.values())
-            self._record = self.cache.record_session(self._new_record())
+            self._start()
         except BaseException:
             self.cache.ledger.release(self.id)
             raise
-        self._signals.install()
         self._state = "open"
         return self
 
-    def _new_record(self) -> SessionRecord:
-        parent, end = self._startup.record, self._startup.iteration
+    def _start(self) -> None:
+        found = start(self.cache, self._objects, self._needed(), resume=self.resume)
+        declared = {name: config for name, config in self.configs.items() if config is not None}
+        record = self.cache.record_session(self._new_record(found), declared or None)
+        # Only now is it known who else went on from there: what two commit at once, one of them commits first.
+        self._startup = avoid_repeating(found, self.cache, self._objects, session=record, seed=self.seed)
+        if self._startup.reseeded:
+            record = self.cache.record_session(record.changed(reseeded=True))
+        self._tally = Tally(record, found.record if found.is_comparable else None)
+        self._counter = StepCounter(found.iteration, self._objects.values())
+
+    def _needed(self) -> dict[str, Any]:
+        return {name: self.configs[name] for name in ("model_config", "data_config")}
+
+    def _new_record(self, found: Startup) -> SessionRecord:
         return SessionRecord(
             id=self.id,
-            parent=None if parent is None else parent.id,
+            parent=None if found.record is None else found.record.id,
             resume=self.resume,
-            reseeded=self._startup.reseeded,
             started_at=utc_now(),
-            start_iteration=end,
-            end_iteration=end,
+            start_iteration=found.iteration,
+            end_iteration=found.iteration,
             environment=environment(),
         )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._state != "open":
-            return
-        try:
-            if error is None:
-                self._finish()
-            else:
-                self._fail(error)
-        finally:
-            self._close()
+        if self._state == "open":
+            try:
+                if error is None:
+                    self._finish()
+                else:
+                    self._fail(error)
+            finally:
+                self._close()
         if error is None:
             self._pass_on_signal()
 
@@ -184,14 +235,27 @@ class TrainingSession:
         self._counter.abandon()
         if self._stop_reason is None:
             self._stop_reason = "finished" if self._signals.stop is None else "signal"
-        self.cache.wait_until_finished()
-        if self.iteration > self.start_iteration and self._saved_at != self.iteration:
-            self._save("final")  # a last save that fails makes the run end non-zero
+        try:
+            self.cache.wait_until_finished()
+        except _SURVIVABLE as error:
+            self._survive(error)
+        if self.iteration > self.start_iteration and self._tally.saved_at != self.iteration:
+            self._save_last()
+
+    def _save_last(self) -> None:
+        """A last save that fails makes the run end non-zero."""
+        try:
+            self._save("final")
+        except CkptCacheError:
+            self._tally.failed()
+            self._stop_reason = "error"
+            raise
 
     def _fail(self, error: BaseException) -> None:
         """No checkpoint: the state in the middle of a step that failed is nothing to resume from."""
-        self._stop_reason = "signal" if isinstance(error, KeyboardInterrupt) else "error"
-        last = self._last_saved or self._startup.record
+        is_signal = isinstance(error, KeyboardInterrupt) or self._signals.stop is not None
+        self._stop_reason = "signal" if is_signal else "error"
+        last = self._tally.last_saved or self._startup.record
         log.warning(
             "the session ends by %s at iteration %d; %s",
             type(error).__name__,
@@ -200,37 +264,44 @@ class TrainingSession:
         )
 
     def _close(self) -> None:
-        self._state = "closed"
-        self._signals.uninstall()
-        self._counter.remove()
+        self._final = dataclasses.replace(self.record, ended_at=utc_now())
+        self._shut()
         try:
-            self._record = self.cache.record_session(dataclasses.replace(self.record, ended_at=utc_now()))
+            self.cache.record_session(self._final)
             self._write_summary()
         except _SURVIVABLE as error:
             log.warning("the session's record could not be written: %s", error)
         finally:
             self.cache.ledger.release(self.id)
 
-    def _pass_on_signal(self) -> None:
-        """End as the signal would have ended the process, now that everything is safe."""
-        if self._signals.stop == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self._signals.stop is not None:
-            raise SystemExit(128 + self._signals.stop)
-
-    def discard(self) -> None:
-        """Close and keep nothing of this session: its checkpoints and its record go.
-
-        Checkpoints that are pinned, named, or that another session resumed from stay.
-        """
-        self._check_open()
-        self._stop_reason = "discarded"
+    def _shut(self) -> None:
         self._state = "closed"
         self._signals.uninstall()
         self._counter.remove()
+
+    def _pass_on_signal(self) -> None:
+        """End as the signal would have ended the process, now that everything is safe."""
+        stop, self._signals.stop = self._signals.stop, None
+        if stop == signal.SIGINT:
+            raise KeyboardInterrupt
+        if stop is not None:
+            raise SystemExit(128 + stop)
+
+    def discard(self) -> None:
+        """Close and keep nothing of this session: its checkpoints and its record go, and no summary is written.
+
+        Checkpoints that are pinned, named, or that another session resumed from stay, and the record with them.
+        """
+        self._check_open()
+        self._stop_reason = "discarded"
+        self._final = dataclasses.replace(self.record, ended_at=utc_now())
+        self._shut()
         try:
-            self.cache.wait_until_finished()
+            with contextlib.suppress(*_SURVIVABLE):  # a save in the background that failed is nothing to keep
+                self.cache.wait_until_finished()
             self.cache.forget_session(self.id)
+            if any(session.id == self.id for session in self.cache.sessions()):
+                self.cache.record_session(self._final)
         finally:
             self.cache.ledger.release(self.id)
 
@@ -239,20 +310,25 @@ class TrainingSession:
     def register(self, name: str, value: Any) -> None:
         """Save `value` from now on under `name`; if the session resumed and the checkpoint holds it, it is restored.
 
-        Raises DuplicateName, NotSavable or NotRestorable.
+        Raises DuplicateName, NotSavable or NotRestorable; `value` is then not registered.
         """
         self._check_open()
+        self._check_name(name)
         capture({name: value})
+        state = dict(self._startup.state)
+        if name in state and self._startup.record is not None:
+            apply({name: value}, {name: state.pop(name)}, id=self._startup.record.id, rng=False)
+            self._startup = dataclasses.replace(self._startup, state=state)
         self._add(name, value)
         self._counter.watch([value])
-        if name in self._startup.state:
-            record = self._startup.record
-            apply({name: value}, {name: self._startup.state[name]}, id=record.id if record else "", rng=False)
 
     def _add(self, name: str, value: Any) -> None:
+        self._check_name(name)
+        self._objects[name] = value
+
+    def _check_name(self, name: str) -> None:
         if name in self._objects or name in (RNG, HEADER):
             raise DuplicateName(name=name)
-        self._objects[name] = value
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -264,12 +340,11 @@ class TrainingSession:
             session_iters: how many at most in this session.
         """
         self._check_open()
+        self._signals.install()
         end = math.inf if max_iters is None else max_iters
         if session_iters is not None:
             end = min(end, self.start_iteration + session_iters)
-        if self.iteration >= end:
-            self._stop_reason = "nothing_to_do"
-            log.info("nothing is left to do: iteration %d of %s", self.iteration, end)
+        self._begin_steps(end)
         while self.iteration < end and not self._is_over():
             step = self._counter.begin()
             try:
@@ -278,16 +353,40 @@ class TrainingSession:
                 self._counter.abandon()
                 raise
             self._counter.end()
-            self._after_step()
+            if self._state == "open":
+                self._after_step(is_last=self.iteration >= end)
 
-    def _after_step(self) -> None:
+    def _begin_steps(self, end: float) -> None:
+        if self._owes_interval:
+            self._save_interval()
+        if self._stop_reason == "nothing_to_do":
+            self._stop_reason = None  # a loop within a loop: the first rounds were made by earlier sessions
+        if self.iteration >= end and self.iteration == self.start_iteration:
+            self._stop_reason = "nothing_to_do"
+            log.info("nothing is left to do: iteration %d of %s", self.iteration, end)
+
+    def _after_step(self, *, is_last: bool) -> None:
+        is_last = self._is_over() or is_last
         if self._signals.stop is not None or self._signals.save_requested:
             self._signals.save_requested = False
             self._try_save("signal")
         elif self.checkpoint_interval and self.iteration % self.checkpoint_interval == 0:
-            self._try_save("interval")
+            # After the last step an evaluation may follow, whose loss the checkpoint should hold.
+            self._owes_interval = True
+            if not is_last:
+                self._save_interval()
+
+    def _save_interval(self) -> None:
+        self._owes_interval = False
+        self._try_save("interval")
+
+    def stepped(self) -> None:
+        """The optimizer step of this iteration is over, though it may have been left out, as a GradScaler does."""
+        self._counter.note()
 
     def _is_over(self) -> bool:
+        if self._stop_reason is not None:
+            return True
         if self._signals.stop is not None:
             self._stop_reason = "signal"
         elif self.max_seconds is not None and time.monotonic() - self._clock >= self.max_seconds:
@@ -299,8 +398,15 @@ class TrainingSession:
         self._stop_reason = reason
 
     def log(self, **values: Any) -> None:
-        """Note values of this iteration, e.g. ``log(loss=loss)``; a tensor is read later, and never waited for."""
-        self._curves.add(self.iteration, values)
+        """Note values of this iteration, e.g. ``log(loss=loss)``; a tensor on a GPU is read later, not waited for.
+
+        Raises InvalidValue for what is not one number.
+        """
+        self._tally.curves.add(self.iteration, values)
+
+    def latest(self, name: str) -> float | None:
+        """The last value that was logged under `name`; None without one."""
+        return self._tally.curves.latest(name)
 
     def checkpoint(
         self,
@@ -319,81 +425,55 @@ class TrainingSession:
         """
         self._check_open()
         if val_loss is not None or metrics:
-            self._evaluate(val_loss, dict(metrics or {}))
+            self.evaluated(val_loss, metrics)
         if save_reason == "manual" and val_loss is not None:
             return self._try_save("improved", if_improved=True, epoch=epoch, extra=extra)
         return self._try_save(save_reason, epoch=epoch, extra=extra)
 
-    def _evaluate(self, val_loss: float | None, metrics: dict[str, float]) -> None:
-        numbers = {name: float(value) for name, value in metrics.items()}
-        self._curves.add(self.iteration, numbers)
-        if val_loss is None:
-            return
-        loss = float(val_loss)
-        self._evaluated = (self.iteration, loss, numbers)
-        self._curves.add(self.iteration, {"val_loss": loss})
-        first, best = self._record.first_val_loss, self._record.best_val_loss
-        changes: dict[str, Any] = {"last_val_loss": loss, "first_val_loss": loss if first is None else first}
-        if math.isfinite(loss) and (best is None or loss < best):
-            changes["best_val_loss"] = loss
-        self._record = dataclasses.replace(self._record, **changes)
+    def evaluated(self, val_loss: float | None, metrics: Mapping[str, float] | None = None) -> None:
+        """Note an evaluation at this iteration, without offering a checkpoint; InvalidValue for what is no number."""
+        self._check_open()
+        self._tally.evaluated(self.iteration, val_loss, metrics or {})
 
     # --- saving ----------------------------------------------------------------------------------
 
     def _try_save(self, reason: str, **options: Any) -> CheckpointMetadata | None:
-        if self._saved_at == self.iteration and reason != "manual":
-            return self._last_saved
+        if self._tally.saved_at == self.iteration and reason not in ("manual", "growth"):
+            return self._tally.last_saved
         try:
             return self._save(reason, **options)
         except _SURVIVABLE as error:
-            self._record = dataclasses.replace(self._record, failed_saves=self._record.failed_saves + 1)
-            log.error("a checkpoint could not be saved, and training goes on: %s", error)
+            self._survive(error)
             return None
+
+    def _survive(self, error: CkptCacheError) -> None:
+        self._tally.failed()
+        log.error("a checkpoint could not be saved, and training goes on: %s", error)
 
     def _save(
         self, reason: str, *, if_improved: bool = False, epoch: float | None = None, extra: Any = None
     ) -> CheckpointMetadata | None:
+        session = self.record
         record = self.cache.save(
             {**self._objects, RNG: capture_rng()},
             iteration=self.iteration,
             epoch=epoch,
-            train_loss=self._curves.latest("loss"),
+            train_loss=self.latest("loss"),
             save_reason=reason,
-            session=dataclasses.replace(self.record, saved=self._record.saved + 1),
+            session=dataclasses.replace(session, saved=session.saved + 1),
             parents=self._parents(),
             if_improved=if_improved,
             extra=extra,
-            **self._measured(),
+            **self._tally.measured(self.iteration),
             **self.configs,
         )
         if record is not None:
-            self._note_saved(record)
+            self._tally.saved(record, len(self.cache.last_evicted))
         return record
 
-    def _measured(self) -> dict[str, Any]:
-        """The evaluation, if it was made at this iteration; otherwise when the last one was, and what it gave."""
-        if self._evaluated is None:
-            return {}
-        iteration, loss, metrics = self._evaluated
-        if iteration == self.iteration:
-            return {"val_loss": loss, "metrics": metrics}
-        return {"last_val_loss": loss, "last_val_loss_iteration": iteration}
-
     def _parents(self) -> tuple[str, ...]:
-        parent = self._last_saved or self._startup.record
+        parent = self._tally.last_saved or self._startup.record
         return () if parent is None else (parent.id,)
-
-    def _note_saved(self, record: CheckpointMetadata) -> None:
-        self._last_saved, self._saved_at = record, self.iteration
-        best = self._record.best_checkpoint
-        is_best = record.val_loss is not None and record.val_loss == self._record.best_val_loss
-        self._record = dataclasses.replace(
-            self._record,
-            saved=self._record.saved + 1,
-            evicted=self._record.evicted + len(self.cache.last_evicted),
-            best_checkpoint=record.id if is_best else best,
-            revision=self._record.revision + 1,
-        )
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -403,25 +483,7 @@ class TrainingSession:
 
     def summary(self) -> dict[str, Any]:
         """What `training_summary.json` holds."""
-        record, steps = self.record, self.iteration - self.start_iteration
-        names = ("first_val_loss", "last_val_loss", "best_val_loss")
-        losses = {name: getattr(record, name) for name in names}
-        return {
-            "session": self.id,
-            "parent": record.parent,
-            "resumed_from": record.parent,
-            "start_iteration": record.start_iteration,
-            "end_iteration": record.end_iteration,
-            **{name: None if loss is None else encode_float(loss) for name, loss in losses.items()},
-            "best_checkpoint": record.best_checkpoint,
-            "saved": record.saved,
-            "evicted": record.evicted,
-            "failed_saves": record.failed_saves,
-            "seconds": record.seconds,
-            "iterations_per_second": round(steps / record.seconds, 3) if record.seconds else 0.0,
-            "stop_reason": record.stop_reason,
-            "cache_dir": str(self.cache.cache_dir),
-        }
+        return summary_of(self.record, self.cache.cache_dir)
 
     def _write_summary(self) -> None:
         fs.ensure_folder(self.summary_path.parent)
@@ -430,3 +492,8 @@ class TrainingSession:
             fs.write_atomically(self.summary_path, data, writer=self.cache.ledger.writer)
         except OSError as error:
             log.warning("%s could not be written: %s", self.summary_path, fs.reason_of(error))
+
+
+def _check_above_0(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise InvalidValue(name=name, value=value, reason="it must be above 0")

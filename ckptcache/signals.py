@@ -1,13 +1,12 @@
 """Signals that ask a training to save: noticed at once, acted on between two optimizer steps."""
 
-import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-log = logging.getLogger("ckptcache")
 STOPPING = tuple(s for s in (getattr(signal, "SIGTERM", None), signal.SIGINT) if s is not None)
 SAVING = tuple(s for s in (getattr(signal, "SIGUSR1", None),) if s is not None)
 """Asks for a save, after which training goes on: what a scheduler sends ahead of the end."""
@@ -25,11 +24,12 @@ class SignalWatch:
         """The first signal that asked to stop."""
         self.save_requested = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._owner = os.getpid()
 
     def install(self) -> bool:
         """Start catching; only the main thread may, elsewhere it returns False."""
-        if threading.current_thread() is not threading.main_thread():
-            return False
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return bool(self._previous)
         for number in (*STOPPING, *SAVING):
             self._previous[number] = signal.signal(number, self._notice)
         return True
@@ -42,6 +42,9 @@ class SignalWatch:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         caught = signal.Signals(number)
+        if os.getpid() != self._owner:
+            self._let_child_end(caught)
+            return
         previous: Callable[[int, FrameType | None], Any] | Any = self._previous.get(caught)
         is_second = self.stop is not None and caught == signal.SIGINT
         if caught in SAVING:
@@ -52,3 +55,9 @@ class SignalWatch:
             signal.default_int_handler(number, frame)
         elif callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)
+
+    def _let_child_end(self, caught: signal.Signals) -> None:
+        """A forked child inherits the handlers: SIGTERM ends it, what a whole group gets is its parent's."""
+        if caught not in (signal.SIGINT, *SAVING):
+            signal.signal(caught, signal.SIG_DFL)
+            os.kill(os.getpid(), caught)

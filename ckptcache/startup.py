@@ -1,17 +1,21 @@
 """How a session starts: from which checkpoint, or fresh, with every reason said."""
 
-import logging
-from collections.abc import Mapping
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptcache.cache import Restored, TrainingCache
-from ckptcache.catalog import Catalog
-from ckptcache.metadata import CheckpointMetadata
+from ckptcache.cache import TrainingCache
+from ckptcache.catalog import Catalog, Explanation
+from ckptcache.metadata import CheckpointMetadata, SessionRecord
 from ckptcache.resume import why_not
-from ckptcache.state.rng import derived_seed, seed_everything
+from ckptcache.state.rng import derived_seed, reseed_generator, seed_everything
 
-log = logging.getLogger("ckptcache")
+_REASONS = 3
+"""How many reasons for passing over checkpoints are told beside the one that was resumed from."""
+_REJECTED = 10
+"""How many checkpoints that don't fit are told of one by one, when none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +25,13 @@ class Startup:
     record: CheckpointMetadata | None = None
     """The checkpoint that it resumed from; None for a fresh start."""
     reseeded: bool = False
+    is_comparable: bool = True
+    """Whether its losses were measured on the validation data at hand."""
     messages: tuple[str, ...] = ()
     state: Mapping[str, Any] = field(default_factory=dict)
     """Parts of the checkpoint that no object took yet."""
+    chose_best: bool = False
+    """Whether it was chosen for being the best, so that others may be given the same one."""
 
     @property
     def iteration(self) -> int:
@@ -31,38 +39,52 @@ class Startup:
         return 0 if self.record is None else self.record.iteration
 
 
-def start(
-    cache: TrainingCache,
-    session: str,
-    objects: Mapping[str, Any],
-    configs: Mapping[str, Any],
-    *,
-    resume: str,
-    seed: int,
-) -> Startup:
-    """Restore what the policy `resume` chooses into `objects`; a fresh start leaves them as they are."""
-    needed = {"model_config": configs["model_config"], "data_config": configs["data_config"]}
+def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any], *, resume: str) -> Startup:
+    """Restore what the policy `resume` chooses into `objects`; a fresh start leaves them as they are.
+
+    Args:
+        needed: the configurations that must fit: model_config and data_config.
+    """
     restored = cache.restore(objects, resume=resume, **needed)
+    description = cache.needed(objects, **needed)
     catalog = cache.ledger.view()
     found = _found(catalog)
+    explanations = [] if resume == "never" else catalog.explain(description)
     if restored is None:
-        return Startup(messages=(found, *_why_fresh(cache, objects, needed, resume)))
-    lines = [found, _resumed(restored), *restored.notes]
-    record, was_reseeded = restored.record, False
-    if resume == "best" and (why := continued_by(catalog, record)):
-        was_reseeded = True
-        lines += _reseed(objects, derived_seed(seed, session), why)
+        return Startup(messages=(found, *_why_fresh(explanations, resume)))
+    record = restored.record
+    lines = [found, _resumed(record, explanations, resume), *restored.notes, *_passed_over(explanations)]
+    is_comparable = catalog.judge(record, description).comparable
+    if not is_comparable and record.val_loss is not None:
+        lines.append("the validation data differ from those of the checkpoint: the first evaluation sets the baseline")
     if restored.report.fresh:
         lines.append(f"not in the checkpoint, and so fresh: {', '.join(restored.report.fresh)}")
-    return Startup(record, was_reseeded, tuple(lines), restored.state)
+    return Startup(record, False, is_comparable, tuple(lines), restored.state, resume == "best")
 
 
-def continued_by(catalog: Catalog, record: CheckpointMetadata) -> str:
-    """Who has already trained on from a checkpoint, in words; empty when nobody has.
+def avoid_repeating(
+    startup: Startup, cache: TrainingCache, objects: Mapping[str, Any], *, session: SessionRecord, seed: int
+) -> Startup:
+    """Reseed what draws at random, if the best was chosen and somebody went on from it before `session`.
+
+    Otherwise every run that resumes the same best would train on the same stretch for ever. The
+    session is to be in the index already, so that of two that start at once one sees the other.
+    """
+    if not startup.chose_best or startup.record is None:
+        return startup
+    why = continued_by(cache.ledger.view(), startup.record, before=session)
+    if not why:
+        return startup
+    lines = _reseed(objects, derived_seed(seed, session.id), why)
+    return dataclasses.replace(startup, reseeded=True, messages=(*startup.messages, *lines))
+
+
+def continued_by(catalog: Catalog, record: CheckpointMetadata, *, before: SessionRecord) -> str:
+    """Who trained on from a checkpoint before the session `before`, in words; empty when nobody did.
 
     The rest of the session that saved it counts as well: it went on, and its batches were seen.
     """
-    children = [s.id for s in catalog.index.sessions.values() if s.parent == record.id]
+    children = [s for s in catalog.index.sessions.values() if s.parent == record.id and s.order < before.order]
     if children:
         return f"{len(children)} session{'s' * (len(children) > 1)} went on from it already"
     own = catalog.index.sessions.get(record.session or "")
@@ -72,13 +94,12 @@ def continued_by(catalog: Catalog, record: CheckpointMetadata) -> str:
 
 
 def _reseed(objects: Mapping[str, Any], seed: int, why: str) -> list[str]:
-    """Otherwise every run that resumes the same best would train on the same stretch for ever."""
     seed_everything(seed)
     lines = [f"reseeded, so that other batches come: {why} (resume=latest or an id repeats exactly)"]
     for name, value in objects.items():
         if callable(reseed := getattr(value, "reseed", None)):
             reseed(seed)
-        elif name == "loader":
+        elif not reseed_generator(value, derived_seed(seed, name)) and name == "loader":
             lines.append("the loader has no reseed(seed): it goes on where the checkpoint left it")
     return lines
 
@@ -90,18 +111,33 @@ def _found(catalog: Catalog) -> str:
     return text + (f", and {missing} more records whose files are gone" if missing else "")
 
 
-def _resumed(restored: Restored) -> str:
-    record = restored.record
+def _resumed(record: CheckpointMetadata, explanations: list[Explanation], resume: str) -> str:
     loss = "not evaluated" if record.val_loss is None else f"val_loss {record.val_loss:.4f}"
-    return f"resumes from {record.id}: iteration {record.iteration}, {loss}"
+    fitting = [e.record for e in explanations if e.eligible]
+    why = "as asked"
+    if resume in ("best", "latest", "auto") and fitting:
+        is_best, is_latest = record.id == fitting[0].id, record.id == max(fitting, key=lambda r: r.order).id
+        names = [word for word, is_so in (("best", is_best), ("latest", is_latest)) if is_so]
+        which = " and ".join(["latest"] if resume == "latest" and is_latest else names) or "next"
+        why = f"the {which} of {len(fitting)} that fit" if len(fitting) > 1 else "the only one that fits"
+    return f"resumes from {record.id}: iteration {record.iteration}, {loss}, {why}"
 
 
-def _why_fresh(
-    cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any], resume: str
-) -> tuple[str, ...]:
+def _passed_over(explanations: Iterable[Explanation]) -> list[str]:
+    """Why others can't be resumed from, each reason once."""
+    reasons = Counter(e.reason for e in explanations if not e.eligible)
+    lines = [
+        f"  passed over {count} checkpoint{'s' * (count > 1)}: {reason}"
+        for reason, count in reasons.most_common(_REASONS)
+    ]
+    rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(_REASONS))
+    return [*lines, f"  and {rest} more (`ckptcache explain` lists all)"] if rest else lines
+
+
+def _why_fresh(explanations: list[Explanation], resume: str) -> tuple[str, ...]:
     if resume == "never":
         return ("starts fresh, as asked; what is there stays",)
-    explanations = cache.explain(objects, **needed)
     if not explanations:
         return ("starts fresh: there is nothing to resume from",)
-    return ("starts fresh: no checkpoint can be resumed from", *(f"  {line}" for line in why_not(explanations)))
+    why = (f"  {line}" for line in why_not(explanations, _REJECTED))
+    return ("starts fresh: no checkpoint can be resumed from", *why)

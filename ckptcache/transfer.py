@@ -4,13 +4,14 @@ import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from ckptcache.errors import CheckpointMissing, CkptCacheError, ExportFailed
-from ckptcache.metadata import CheckpointMetadata, decode_float, is_valid_id, jsonable
+from ckptcache.metadata import CheckpointMetadata, is_valid_id
 from ckptcache.storage import fs
+from ckptcache.values import decode_float, jsonable
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +50,12 @@ def export(
 def _write(
     temp: fs.TempFile, state: Mapping[str, Any], record: CheckpointMetadata, ending: str, everything: bool
 ) -> None:
-    import torch
     from safetensors.torch import save
 
+    from ckptcache.storage import ptfile
+
     if ending == ".pt":
-        torch.save(dict(_without_marks(state)), cast(IO[bytes], temp))
+        ptfile.write_plain(temp, _without_marks(state))
         return
     tensors = _flat_tensors(_without_marks(state))
     described = orjson.dumps(record.to_json()).decode()

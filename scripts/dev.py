@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -91,21 +92,34 @@ def run_quietly(
     Raises:
         Problem: it exited with anything but 0; `failure` is the sentence.
     """
-    output = sys.stderr if verbose else subprocess.PIPE
-    done = subprocess.run(
+    child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=output,
+        stdout=sys.stderr if verbose else subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
         env=environment,
-        check=False,
+        start_new_session=True,
         text=True,
         errors="replace",
     )
-    if done.returncode:
-        sys.stderr.writelines(f"  {line}\n" for line in (done.stdout or "").splitlines()[-TAIL_LINES:])
+    try:
+        output, _ = child.communicate()
+    except BaseException:
+        _end(child)
+        raise
+    if child.returncode:
+        sys.stderr.writelines(f"  {line}\n" for line in (output or "").splitlines()[-TAIL_LINES:])
         raise Problem(failure)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    # What pip or apt-get have started is in their session, and goes with them.
+    if os.name == "posix":
+        os.killpg(child.pid, signal.SIGTERM)
+    else:
+        child.terminate()
+    child.wait()
 
 
 def become(python: Interpreter, arguments: Sequence[str], folder: Path | None = None) -> NoReturn:
@@ -187,7 +201,7 @@ def prepare(verbose: bool) -> Interpreter:
     return Interpreter(str(_venv_python()), {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV)})
 
 
-_OTHER_WAY = "make room for it, or set CKPTCACHE_PYTHON to an interpreter that has the packages"
+_OTHER_WAY = "use a folder with room that you may write to, or set CKPTCACHE_PYTHON to an interpreter with the packages"
 
 
 def _mend(wanted: Mapping[str, Any], verbose: bool) -> None:
@@ -432,7 +446,12 @@ def train(rest: list[str], verbose: bool) -> int:
     script = ROOT / "scripts" / "train_cached.py"
     if not script.exists():
         raise Problem("scripts/train_cached.py is not there yet.")
-    become(interpreter((), verbose), [str(script), *rest])
+    python = interpreter((), verbose)
+    # It ends with the command to go on, which should be the one that was typed.
+    name = Path(sys.orig_argv[0]).name
+    python3, *words = sys.orig_argv[: len(sys.orig_argv) - len(rest)]
+    typed = shlex.join([name if shutil.which(name) else python3, *words])
+    become(Interpreter(python.path, {**python.environment, "CKPTCACHE_STARTED_BY": typed}), [str(script), *rest])
 
 
 def test(rest: list[str], verbose: bool) -> int:
@@ -450,8 +469,9 @@ def pytest_arguments(rest: list[str], everything: bool, cores: int) -> list[str]
     """How Python is to run pytest: what is in `rest` comes last, and so wins."""
     marks = [] if everything else ["-m", "not campaign"]
     alone = cores < 2 or not {"-s", "--capture=no", "--pdb", "--trace"}.isdisjoint(rest)
-    # loadgroup: tests that cannot run beside each other are kept on one worker by a common group.
-    spread = [] if alone else ["-n", str(min(cores, MOST_WORKERS)), "--dist", "loadgroup"]
+    # worksteal keeps neighbours on one worker, so that what they share is made once, until another runs dry.
+    # loadgroup was rejected: pytest-xdist 3.8 ignores the groups under pytest 9.2, silently.
+    spread = [] if alone else ["-n", str(min(cores, MOST_WORKERS)), "--dist", "worksteal"]
     return ["-m", "pytest", *marks, *spread, *rest]
 
 

@@ -14,22 +14,29 @@ from pathlib import Path
 Tree = Mapping[str, str]
 
 FLOORS = {
-    1: ("errors", "config", "metadata"),
+    1: ("errors", "values", "config", "metadata", "environment"),
     2: ("storage", "policy", "state", "history"),
-    3: ("cache",),
-    4: ("session", "trainer", "workflow", "distributed", "mirror", "report", "progress"),
+    3: ("catalog", "resume", "ledger", "adoption", "saving", "checkup", "transfer", "cache"),
+    4: (
+        *("curves", "tally", "signals", "startup", "session", "trainer", "display"),
+        *("workflow", "distributed", "mirror", "report", "progress"),
+    ),
     5: ("nanecho", "integrations", "dashboard", "cli"),
     6: ("__main__",),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
-STAIRS = (("errors", "config", "metadata"), ("session", "trainer", "workflow"))
+STAIRS = (
+    ("errors", "values", "config", "metadata"),
+    ("catalog", "resume", "ledger", "adoption", "saving", "checkup", "transfer", "cache"),
+    ("curves", "tally", "signals", "startup", "session", "trainer", "display", "workflow"),
+)
 """Within a floor, these stand one above the other."""
 
 TOP_LEVEL = frozenset(
     "pyproject.toml README.md ckptcache scripts tests .training-progress .github docs .ci LICENSE CHANGELOG.md "
     "constraints.txt .gitignore".split()
 )
-DOCS = frozenset("design.md cli.md errors.md formats.md names.md".split())
+DOCS = frozenset("design.md cli.md errors.md formats.md names.md comprehensive_demo.png".split())
 
 FILE_SYSTEM = "ckptcache/storage/fs.py"
 FS_NAMES = ("ckptcache.storage.fs", "fs")

@@ -100,7 +100,7 @@ def test_another_model_is_not_restored_from_it(oldest):
     cache = TrainingCache(root)
     assert cache.restore(wide.objects) is None
     assert cache.restore(Training().objects, model_config={**CONFIG, "n_head": 4}) is None
-    assert all("does not fit" in e.reason or "fits in part" in e.reason for e in cache.explain(wide.objects))
+    assert all("does not fit" in e.reason or "fits only in part" in e.reason for e in cache.explain(wide.objects))
 
 
 def test_it_is_pruned_and_taken_into_the_present_schema_with_nothing_lost(oldest):

@@ -24,6 +24,8 @@ from ckptcache.errors import (
     InvalidValue,
     NotSavable,
 )
+from ckptcache.ledger import FULL_CURVES, SHORT_CURVE
+from ckptcache.metadata import SessionRecord
 from tests.caches import CONFIG, Training, as_nobody, file_of, ids, kinds, let_in, listing, save, tiny
 
 NAN, INF = math.nan, math.inf
@@ -297,6 +299,7 @@ class Colour(Enum):
         (object(), "object"),
         (bytearray(b"x"), "bytearray"),
         (2**3000, "2040 bits"),
+        (b"", "empty bytes"),
         ({Colour.RED: 1}, "Colour"),
         ({("a", Colour.RED): 1}, "Colour"),
         ({"__ndarray__": 1}, "__ndarray__"),
@@ -356,7 +359,7 @@ def test_a_state_dict_of_the_users_own_is_refused_by_the_key_inside_it(tmp_path)
         {"model_config": {"f": print}},
         {"data_config": [1]},
     ],
-    ids=repr,
+    ids=lambda given: "{}={}".format(*next((k, type(v).__name__) for k, v in given.items())),
 )
 def test_a_wrong_argument_is_named_and_nothing_is_written(tmp_path, given):
     cache = TrainingCache(tmp_path / "c")
@@ -569,3 +572,14 @@ def test_an_export_into_the_cache_folder_is_no_checkpoint(cache):
     assert len(cache.checkpoints()) == 5
     assert (cache.cache_dir / "mine.pt").exists()
     assert cache.doctor(repair=True) == []
+
+
+def test_the_curves_of_old_sessions_are_kept_short(tmp_path):
+    cache = TrainingCache(tmp_path / "c")
+    curve = {"loss": tuple((i, 1.0 / (i + 1)) for i in range(200))}
+    for number in range(FULL_CURVES + 3):
+        cache.record_session(SessionRecord(id=f"sess_{number:03d}", curves=curve))
+    lengths = [len(session.curves["loss"]) for session in cache.sessions()]
+    assert lengths == [SHORT_CURVE] * 3 + [200] * FULL_CURVES
+    oldest = cache.sessions()[0].curves["loss"]
+    assert (oldest[0], oldest[-1]) == (curve["loss"][0], curve["loss"][-1])

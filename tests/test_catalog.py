@@ -115,3 +115,32 @@ def test_nothing_is_said_of_unscored_metrics_where_the_user_has_decided(settings
     records = [record("a", 1.0, metrics={"acc": 0.5, "tokens": 7.0})]
     assert catalog(*records).unscored_metrics() == ("tokens",)
     assert catalog(*records, **settings).unscored_metrics() == ()
+
+
+@pytest.mark.parametrize("config", [[1, 2], "text", 3, None])
+def test_a_configuration_that_is_no_mapping_declares_nothing(config):
+    index = Index(configs={"odd": config, "both": {"model_config": config, "data_config": config}})
+    index.sessions["s"] = SessionRecord(id="s", config="both")
+    found = catalog(record("a", 1.0, model_config="odd", data_config="odd"), index=index)
+    assert found.description(found.index.checkpoints["a"]) == Description()
+    assert names(found.candidates(Description(model_config={"n_layer": 1}))) == ["a"]
+    assert found.prevailing()[0] == Description()
+
+
+def test_the_newest_session_says_what_prevails():
+    index, small, large = two_groups()
+    index.configs["c"] = {"model_config": {"n_layer": 9}}
+    found = catalog(record("a", 1.0, 1, fingerprint=small), record("b", 1.0, 3, fingerprint=large), index=index)
+    assert found.prevailing() == (Description(fingerprint=LARGE), index.checkpoints["b"])
+    index.sessions["s"] = SessionRecord(id="s", sequence=2, parent="a")
+    assert found.prevailing() == (Description(fingerprint=SMALL), index.sessions["s"])
+    index.sessions["t"] = SessionRecord(id="t", sequence=4, parent="a", config="c")
+    assert found.prevailing() == (Description(model_config={"n_layer": 9}), index.sessions["t"])
+    index.checkpoints["d"] = record("d", 1.0, 5, fingerprint=large, session="t", decision="evicted")
+    assert found.prevailing() == (Description(fingerprint=LARGE), index.sessions["t"])
+
+
+def test_nothing_prevails_in_an_empty_cache():
+    assert catalog().prevailing() == (Description(), None)
+    index = Index(sessions={"s": SessionRecord(id="s")})
+    assert catalog(index=index).prevailing() == (Description(), None)

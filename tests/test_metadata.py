@@ -14,24 +14,19 @@ from hypothesis import strategies as st
 
 from ckptcache.errors import InvalidId, InvalidName, InvalidValue
 from ckptcache.metadata import (
-    MAX_JSON_DEPTH,
     CheckpointMetadata,
     Fingerprint,
     NamePointer,
     SessionRecord,
-    as_float,
     check_id,
     check_name,
-    content_hash,
-    decode_float,
-    encode_float,
     is_valid_id,
-    jsonable,
     new_checkpoint_id,
     new_session_id,
     thin,
     utc_now,
 )
+from ckptcache.values import MAX_JSON_DEPTH, as_float, content_hash, decode_float, encode_float, jsonable
 
 text = st.text(st.characters(codec="utf-8"), max_size=20)
 ids = st.from_regex(r"\A[a-z0-9][a-z0-9_-]{0,20}\Z")

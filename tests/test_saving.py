@@ -355,3 +355,31 @@ def test_files_follow_the_umask(tmp_path):
     cache = TrainingCache(tmp_path / "c")
     assert file_of(cache, record).stat().st_mode & 0o777 == 0o640
     assert (cache.cache_dir / "metadata.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_where_the_disk_is_full_what_is_beyond_the_limits_makes_room(tmp_path, monkeypatch):
+    root = tmp_path / "c"
+    loose = TrainingCache(root, max_checkpoints=10)
+    for number in range(4):
+        save(loose, 4.0 - number, iteration=number)
+    size = loose.get("best").size
+    monkeypatch.setattr(fs, "free_bytes", lambda path: (3 - len(list(root.glob("checkpoints/*.pt")))) * size + 2**20)
+    tight = TrainingCache(root, max_checkpoints=2)
+    saved = save(tight, 0.5, iteration=9)
+    kept = [record.iteration for record in tight.checkpoints()]
+    assert saved.iteration in kept
+    assert len(kept) == 2
+    monkeypatch.setattr(fs, "free_bytes", lambda path: 0)
+    with pytest.raises(NoSpace, match="ckptcache prune"):
+        save(TrainingCache(root, max_checkpoints=10, auto_cleanup=False), 0.4, iteration=10)
+
+
+def test_a_program_that_changes_its_folder_keeps_its_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = TrainingCache("runs/cache")
+    save(cache, 1.0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    save(cache, 0.5)
+    assert len(cache.checkpoints()) == 2
+    assert list((tmp_path / "elsewhere").iterdir()) == []

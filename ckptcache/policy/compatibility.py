@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import orjson
 
-from ckptcache.metadata import Fingerprint, content_hash
+from ckptcache.metadata import Fingerprint
+from ckptcache.values import content_hash
 
 Kind = Literal["exact", "other_data", "partial", "incompatible"]
 What = Literal["parameter", "model_config", "data_config", "optimizer"]
@@ -101,7 +102,7 @@ class Verdict:
 _OPENINGS: dict[Kind, str] = {
     "exact": "fits",
     "other_data": "fits the model, but not the data",
-    "partial": "fits in part",
+    "partial": "fits only in part",
     "incompatible": "does not fit",
 }
 

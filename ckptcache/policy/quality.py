@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckptcache.config import CacheConfig, Direction
-from ckptcache.metadata import CheckpointMetadata, as_float
+from ckptcache.metadata import CheckpointMetadata
+from ckptcache.values import as_float
 
 Status = Literal["known", "unknown", "diverged"]
 

@@ -79,6 +79,8 @@ def to_plain(value: Any, key: str) -> Any:
 def _plain_value(value: Any, key: str) -> Any:
     if type(value) is int and value.bit_length() >= _MAX_INT_BITS:
         raise NotSavable(key=key, kind=f"a whole number of more than {_MAX_INT_BITS} bits", remedy="save it as text")
+    if value == b"" and type(value) is bytes:
+        raise NotSavable(key=key, kind="an empty bytes object", remedy="leave it out, or save it as text or a tensor")
     return value
 
 

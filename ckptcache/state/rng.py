@@ -2,13 +2,14 @@
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from ckptcache.metadata import content_hash
+from ckptcache.values import content_hash
 
 
 def capture_rng() -> dict[str, Any]:
@@ -62,5 +63,29 @@ def generator_access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Non
     return None
 
 
+def reseed_generator(value: Any, seed: int) -> bool:
+    """Start a generator object anew from `seed`; False for anything else, which is left alone."""
+    numpy_random = sys.modules["numpy"].random
+    if isinstance(value, torch.Generator):
+        value.manual_seed(seed)
+    elif isinstance(value, random.Random | numpy_random.RandomState):
+        value.seed(seed)
+    elif isinstance(value, numpy_random.Generator):
+        value.bit_generator.state = type(value.bit_generator)(seed).state
+    else:
+        return False
+    return True
+
+
 def _discard(_: object) -> None:
     """torch's setter returns the generator; the others return nothing."""
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Whatever is drawn inside leaves the global generators as they were before."""
+    state = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(state)

@@ -259,7 +259,7 @@ class _Follower:
         """`_rebuild_from_type_v2` calls its first argument with its third."""
         if not isinstance(args, tuple) or len(args) != 4 or not isinstance(args[0], _Global):
             return False
-        return args[0].name in _REBUILDS and self._result(args[0], args[2]) is not None
+        return self._result(args[0], args[2]) is not None
 
     def _fits(self, args: Any) -> bool:
         """A quantised tensor is allocated by its size before it is pointed to its storage."""

@@ -18,8 +18,8 @@ from typing import Any, TypeVar, cast
 from blake3 import blake3
 
 from ckptcache.errors import CacheDirNotWritable, CkptCacheError, InvalidValue, LockTimeout, NotCacheable
-from ckptcache.metadata import content_hash, jsonable
 from ckptcache.storage import datafile, fs
+from ckptcache.values import content_hash, jsonable
 
 T = TypeVar("T")
 

@@ -417,9 +417,9 @@ class Lease:
 
     def release(self) -> None:
         """Give it back and remove the file: its name is used once, so that nobody waits for it."""
-        # Not only while it is locked: at the interpreter's exit filelock may have let go of all its locks before.
         if os.getpid() != self._owner:
             return
+        # Whether it is still locked says nothing: at exit filelock may have released it before.
         with suppress(OSError):
             system.unlink(self.path)
         self._lock.release()

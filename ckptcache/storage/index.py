@@ -23,13 +23,11 @@ from ckptcache.metadata import (
     Fingerprint,
     NamePointer,
     SessionRecord,
-    check_depth,
     check_name,
-    content_hash,
     is_valid_id,
-    jsonable,
 )
 from ckptcache.storage import fs
+from ckptcache.values import check_depth, content_hash, jsonable
 
 INDEX_NAME = "metadata.json"
 MAX_INDEX_BYTES = 256 * 1024 * 1024
@@ -271,7 +269,7 @@ def serialise(index: Index) -> bytes:
         **index.unknown,
         "schema_version": SCHEMA_VERSION,
         "checkpoints": {key: _without_id(record) for key, record in index.checkpoints.items()},
-        "sessions": {key: _without_id(session) for key, session in index.sessions.items()},
+        "sessions": {key: _with_short_curves(session) for key, session in index.sessions.items()},
         "names": {key: name.to_json() for key, name in index.names.items()},
         "configs": {key: value for key, value in index.configs.items() if key in used},
         "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
@@ -296,6 +294,14 @@ def _not_json(document: Mapping[str, Any]) -> str:
 def _without_id(record: CheckpointMetadata | SessionRecord) -> dict[str, Any]:
     data = record.to_json()
     del data["id"]
+    return data
+
+
+def _with_short_curves(session: SessionRecord) -> dict[str, Any]:
+    """A session as the index writes it: hundreds of points are one line per curve, not four lines per point."""
+    data = _without_id(session)
+    if session.curves:
+        data["curves"] = {name: orjson.Fragment(orjson.dumps(points)) for name, points in data["curves"].items()}
     return data
 
 

@@ -83,6 +83,13 @@ def write(file: fs.TempFile, state: Mapping[str, Any], record: Mapping[str, Any]
     return Written(target.size, target.digest)
 
 
+def write_plain(file: fs.TempFile, state: Mapping[str, Any]) -> Written:
+    """Write `state` alone, unsynced, for whoever reads it with torch and without a cache."""
+    target = _DigestingFile(file)
+    torch.save(dict(state), cast(IO[bytes], target))
+    return Written(target.size, target.digest)
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """What was read from a checkpoint file, on the CPU, owning its memory."""

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from ckptcache.errors import ConfigError, InvalidConfigFile, UnknownSetting
-from ckptcache.metadata import jsonable
 from ckptcache.nanecho.settings import NanEchoConfig, TrainingSettings, known_options, load_settings
+from ckptcache.values import jsonable
 
 BAD_MODELS = [
     ({"n_layer": 0}, "n_layer"),

@@ -168,7 +168,7 @@ def test_a_model_that_fits_with_an_optimizer_that_does_not_is_partial(optimizers
     found = verdict(SAVED, described(fingerprint(optimizers=optimizers)))
     assert found.kind == "partial"
     assert [d.what for d in found.differences] == ["optimizer"]
-    assert found.reason.startswith("fits in part: optimizer ")
+    assert found.reason.startswith("fits only in part: optimizer ")
 
 
 def test_an_optimizer_that_is_not_needed_is_no_obstacle():

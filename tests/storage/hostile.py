@@ -141,7 +141,7 @@ def greedy() -> dict[str, bytes]:
     storages = "torch.storage.UntypedStorage"
     qtensor = call(
         name("torch._utils._rebuild_qtensor"),
-        *(storage(4, kind="torch.QInt8Storage"), number(0), tuple_of(number(2**30)), tuple_of(number(1))),
+        *(storage(16, kind="torch.QInt8Storage"), number(0), tuple_of(number(2**30)), tuple_of(number(1))),
         *(tuple_of(name("torch.per_tensor_affine"), b"G" + struct.pack(">d", 0.1), number(0)), b"\x89"),
         call(name("collections.OrderedDict")),
     )

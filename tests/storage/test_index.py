@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidValue
-from ckptcache.metadata import MAX_COUNT, MAX_JSON_DEPTH, CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
+from ckptcache.metadata import MAX_COUNT, CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
 from ckptcache.storage.index import Index, IndexFile, merge, parse, read_index_bytes, serialise, upgrade_flat
+from ckptcache.values import MAX_JSON_DEPTH
 from tests.strategies import edits, indexes, mutations
 
 PATH = Path("metadata.json")
@@ -150,6 +151,17 @@ def test_what_has_no_json_form_is_refused_by_name():
     index = Index(checkpoints={"ckpt_a": CheckpointMetadata(id="ckpt_a", notes="\ud800")})
     with pytest.raises(InvalidValue, match="checkpoints/ckpt_a"):
         serialise(index)
+
+
+@pytest.mark.parametrize("kind", [CheckpointMetadata, SessionRecord])
+def test_a_record_that_is_read_is_like_one_that_is_made_and_shares_nothing_with_another(kind):
+    first, second = kind.from_json({"id": "a"}), kind.from_json({"id": "a"})
+    assert first == second == kind(id="a")
+    for field in dataclasses.fields(kind):
+        value = getattr(first, field.name)
+        assert not isinstance(value, dict) or value is not getattr(second, field.name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.sequence = 5
 
 
 def test_reading_leaves_the_garbage_collector_as_it_was():
@@ -423,7 +435,8 @@ def test_an_index_that_lost_a_part_is_damaged_and_not_empty(part):
 
 def test_an_index_that_lost_its_version_is_not_taken_for_the_oldest_layout():
     document = orjson.loads(serialise(real_index()))
-    del document["schema_version"]
+    del document["schema_version"], document["future"]
+    assert all(isinstance(part, dict) for part in document.values())
     with pytest.raises(IndexDamaged, match="schema_version"):
         parsed(document)
 
@@ -631,6 +644,11 @@ def test_half_a_surrogate_pair_in_a_note_costs_that_character_only():
 def test_a_record_that_cannot_be_upgraded_is_named():
     with pytest.raises(IndexDamaged, match=r"'ckpt_20240101_090909'.*iteration"):
         parsed({"ckpt_20240101_090909": {"iteration": [1]}})
+
+
+def test_a_configuration_of_the_oldest_layout_that_is_nested_too_deeply_is_refused():
+    with pytest.raises(IndexDamaged, match=r"'a'.*nested"):
+        parsed({"a": {"model_config": nested(100)}})
 
 
 def test_an_empty_mapping_is_an_empty_cache_of_the_oldest_layout():

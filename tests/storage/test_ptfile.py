@@ -539,6 +539,15 @@ def test_a_file_that_would_run_code_is_called_unsafe_and_says_what_it_calls(corp
                 ptfile.read(folder / "files" / name)
 
 
+def test_what_a_file_claims_of_its_tensors_is_compared_before_torch_is_asked(tmp_path):
+    path = tmp_path / "a.pt"
+    for label, data in hostile.greedy().items():
+        if label.startswith("storage ") and "beyond" in label:
+            path.write_bytes(data)
+            with pytest.raises(CheckpointDamaged, match=r"claims \d+ bytes"):
+                ptfile.read(path)
+
+
 _UNDER_PRESSURE = """
 import json, os, resource, sys
 from pathlib import Path

@@ -682,7 +682,10 @@ def test_quarantine_works_where_there_are_no_hard_links(full, monkeypatch):
             raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(fs, "system", Linkless())
+    full.layout.quarantine.mkdir()
+    (full.layout.quarantine / f"{B}.pt").symlink_to("nowhere")
     target = quarantine(full.layout.checkpoint(B), full.layout, reason="x")
+    assert target.name == f"{B}.1.pt"
     assert target.read_bytes() == f"content of {B}".encode()
     assert not full.layout.checkpoint(B).exists()
 

@@ -25,9 +25,10 @@ class StepCounter:
         """Listen to every optimizer among `objects`."""
         for value in objects:
             if isinstance(value, Optimizer):
-                self._hooks.append(value.register_step_post_hook(self._note))
+                self._hooks.append(value.register_step_post_hook(self.note))
 
-    def _note(self, *_: object) -> None:
+    def note(self, *_: object) -> None:
+        """The step of this body was made."""
         self._has_stepped = True
 
     @property

@@ -1,0 +1,82 @@
+"""Numbers, sizes and times as a person reads them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+_BARS = "▁▂▃▄▅▆▇█"
+_STEPS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (86400 * 60, 86400, "days"))
+
+
+def number(value: float | None) -> str:
+    """Four digits behind the point, or four in all where that would be too many or none; "" for None."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+
+
+def size(count: int | None) -> str:
+    """Bytes in powers of 1000, as the limits are given; "" for None."""
+    if count is None:
+        return ""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def count(number: int, what: str, plural: str = "") -> str:
+    """``1 checkpoint``, ``2 checkpoints``."""
+    return f"{number} {what if number == 1 else plural or what + 's'}"
+
+
+def age(written: str, now: datetime | None = None) -> str:
+    """How long ago a record's time was; as it is written where it can't be read."""
+    try:
+        then = datetime.fromisoformat(written)
+    except ValueError:
+        return written
+    seconds = ((now or datetime.now(UTC)) - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
+    if seconds < 0:
+        return written[:10]
+    for end, unit, name in _STEPS:
+        if seconds < end:
+            return f"{int(seconds // unit)} {name} ago"
+    return written[:10]
+
+
+def settings(values: Mapping[str, Any] | None) -> str:
+    """A configuration in one line; "" for none."""
+    return ", ".join(f"{key} {_value(value)}" for key, value in (values or {}).items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{settings(value)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def sparkline(values: Iterable[float], most: int) -> str:
+    """A curve in at most `most` characters, the highest value the highest bar; what isn't finite is left out."""
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < 2:
+        return ""
+    points = _thinned(finite, most)
+    low, high = min(points), max(points)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((v - low) * scale)] for v in points)
+
+
+def _thinned(values: list[float], most: int) -> list[float]:
+    if len(values) <= most:
+        return values
+    edges = [round(i * len(values) / most) for i in range(most + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

@@ -1,0 +1,129 @@
+"""CachedNanEchoTrainer: the main job, a small GPT whose connections grow, trained on text."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckptcache.cache import TrainingCache
+from ckptcache.errors import InvalidValue
+from ckptcache.nanecho.data import Corpus
+from ckptcache.nanecho.model import NanEcho, parameter_groups
+from ckptcache.nanecho.sampler import BlockSampler, evaluation_batches
+from ckptcache.nanecho.schedule import ConnectionGrowth, learning_rate_at
+from ckptcache.nanecho.settings import NanEchoConfig, TrainingSettings
+from ckptcache.state.rng import seed_everything
+from ckptcache.trainer import CachedTrainer, Callback
+
+
+class Schedule(Callback):
+    """Sets the learning rate and grows the connections, as functions of the iteration and the settings in force."""
+
+    def __init__(self, model: NanEcho, settings: TrainingSettings) -> None:
+        self._settings = settings
+        self._growth = ConnectionGrowth.of(model.config, settings)
+        self._model = model
+
+    def before_step(self, trainer: CachedTrainer, iteration: int) -> None:
+        """Grow if it is due, and save that; then set the learning rate of the coming step."""
+        target = self._growth.due(iteration, self._model.connection_ratio)
+        if target is not None and self._model.grow_connections(target):
+            trainer.session.checkpoint(save_reason="growth")
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = learning_rate_at(iteration, self._settings)
+
+
+class CachedNanEchoTrainer(CachedTrainer):
+    """Trains a NanEcho on a corpus, from the best checkpoint that fits.
+
+    Args:
+        config: what the model is.
+        settings: how it is trained.
+        corpus: the text.
+        cache: where checkpoints are kept.
+        callbacks: in addition to the schedule.
+        session_options: what `TrainingSession` takes: resume, summary_path, ...
+    """
+
+    def __init__(
+        self,
+        config: NanEchoConfig,
+        settings: TrainingSettings,
+        corpus: Corpus,
+        cache: TrainingCache,
+        *,
+        callbacks: Iterable[Callback] = (),
+        **session_options: Any,
+    ) -> None:
+        seed_everything(settings.seed)
+        self.device = torch.device(pick_device(settings.device))
+        model = NanEcho(config).to(self.device)
+        groups = parameter_groups(model, settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+        sampler = BlockSampler(
+            corpus.train, block_size=config.block_size, batch_size=settings.batch_size, seed=settings.seed
+        )
+        self._eval_batches = evaluation_batches(
+            corpus.val, config.block_size, settings.batch_size, settings.eval_batches
+        )
+        super().__init__(
+            model,
+            optimizer,
+            loss=self._loss,
+            batches=sampler,
+            evaluate=self._evaluate,
+            cache=cache,
+            callbacks=(Schedule(model, settings), *callbacks),
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            grad_clip=settings.grad_clip,
+            max_iters=settings.max_iters,
+            session_iters=settings.session_iters,
+            eval_interval=settings.eval_interval,
+            checkpoint_interval=settings.checkpoint_interval,
+            max_seconds=settings.max_seconds,
+            model_config=config,
+            training_config=settings,
+            data_config=corpus.data_config,
+            seed=settings.seed,
+            **session_options,
+        )
+
+    def _loss(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
+        loss: Tensor = model(inputs, targets)[1]
+        return loss
+
+    def _evaluate(self, model: Any) -> Mapping[str, float]:
+        """The mean cross-entropy in nats per token over the same batches each time, and the share of tokens
+        whose likeliest prediction is right."""
+        total, right, count = 0.0, 0, 0
+        for inputs, targets in self._eval_batches:
+            logits, loss = model(inputs.to(self.device), targets.to(self.device))
+            total += float(loss) * targets.numel()
+            right += int((logits.argmax(-1).cpu() == targets).sum())
+            count += targets.numel()
+        return {"val_loss": total / count, "accuracy": right / count}
+
+
+def pick_device(wanted: str) -> str:
+    """`wanted`, or for "auto" the fastest device there is.
+
+    Raises InvalidValue where torch doesn't know `wanted`, or can't hold a tensor there.
+    """
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=wanted).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise InvalidValue(name="device", value=wanted, reason=_why_not(wanted)) from error
+    return wanted
+
+
+def _why_not(device: str) -> str:
+    # torch's own messages are paragraphs, and differ between its builds.
+    usable = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    usable += ["mps"] if torch.backends.mps.is_available() else []
+    return f"torch has no such device here; what it has is {', '.join(usable)}"
