@@ -40,6 +40,7 @@ def new_best(cache: TrainingCache) -> None:
 
 def spoil_best(cache: TrainingCache) -> None:
     fill(cache)
+    cache.unname("slot-1")
     flip(file_of(cache, cache.get("best")))
 
 
@@ -55,7 +56,7 @@ def save_in_the_background(cache: TrainingCache) -> None:
 
 def import_one(cache: TrainingCache) -> None:
     path = cache.cache_dir.parent / "foreign.pt"
-    torch.save({"w": torch.zeros(4)}, path)
+    torch.save({"w": torch.full((4,), 0.5), "step": 1}, path)
     cache.import_(path, val_loss=0.5)
 
 
