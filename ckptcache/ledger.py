@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -170,15 +170,22 @@ class Ledger:
 
     def evict(self, change: Change, decided: Mapping[str, str]) -> None:
         """Record the decision durably, and only then remove the files."""
-        if not decided:
-            return
+        if decided:
+            self.decide(change, decided)
+            change.commit()
+            self.remove_files(decided)
+
+    def decide(self, change: Change, decided: Mapping[str, str]) -> None:
+        """Mark checkpoints as evicted; it counts with the next commit, and only then may their files go."""
         for id, reason in decided.items():
             record = change.index.checkpoints[id]
             change.put(record.changed(decision="evicted", decision_reason=reason))
             change.observed.available.pop(id, None)
-        # Until the files are gone, they are leftovers for the next change to remove.
+
+    def remove_files(self, decided: Iterable[str]) -> None:
+        """Remove the files of checkpoints whose eviction is durable."""
+        # Until all are gone, they are leftovers for the next change to remove.
         self._is_tidy = False
-        change.commit()
         for id in decided:
             remove_checkpoint(self.layout, id)
         self._is_tidy = True

@@ -17,7 +17,7 @@ from ckptcache.environment import environment
 from ckptcache.errors import CkptCacheError, InvalidValue, NoSpace, NotSavable, SaveFailed
 from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata, SessionRecord, new_checkpoint_id, utc_now
-from ckptcache.policy import quality
+from ckptcache.policy import quality, retention
 from ckptcache.policy.compatibility import Description, architecture_key
 from ckptcache.state.capture import Captured, capture, walk
 from ckptcache.state.staging import snapshot
@@ -167,15 +167,18 @@ class Saver:
             record = dataclasses.replace(draft.record, size=written.size, digest=written.digest)
             with self._ledger.change() as change:
                 with _as_save_failed(id, layout.checkpoints):
-                    record = self._commit(change, publication, dataclasses.replace(draft, record=record))
+                    record, plan = self._commit(change, publication, dataclasses.replace(draft, record=record))
                 publication.keep()
-                self._prune(change, record)
+                self._remove_evicted(record, plan)
         except BaseException:
             _withdraw(publication)
             raise
         return record
 
-    def _commit(self, change: Change, publication: Publication, draft: Draft) -> CheckpointMetadata:
+    def _commit(
+        self, change: Change, publication: Publication, draft: Draft
+    ) -> tuple[CheckpointMetadata, retention.Plan | None]:
+        """Publish the files and commit the record, and with it what has to go for it; all of it, or nothing."""
         if draft.record.id in change.index.checkpoints:
             raise OSError(f"another checkpoint has the id {draft.record.id}; save again")
         before = change.index.copy()
@@ -184,8 +187,12 @@ class Saver:
         change.observed.available[record.id] = record.size or 0
         if draft.session is not None:
             change.put_session(draft.session)
-        record = change.catalog().scored(record)
+        catalog = change.catalog()
+        record = catalog.scored(record)
         change.put(record)
+        plan = self._plan(catalog, record)
+        if plan is not None:
+            self._ledger.decide(change, plan.evicted)
         try:
             publication.publish(sidecar_bytes(record, draft.piece))
             change.commit()
@@ -195,7 +202,12 @@ class Saver:
                 _withdraw(publication)
             publication.keep()
             raise
-        return record
+        return record, plan
+
+    def _plan(self, catalog: Catalog, record: CheckpointMetadata) -> retention.Plan | None:
+        if not self._ledger.config.auto_cleanup:
+            return None
+        return catalog.retention_plan(record, self._ledger.live_sessions(catalog.index))
 
     def _roll_back(self, change: Change, before: Index, id: str) -> bool:
         """Put the old index back; returns False where the disk refuses, so that what it now names has to stay."""
@@ -209,20 +221,17 @@ class Saver:
             return False
         return True
 
-    def _prune(self, change: Change, record: CheckpointMetadata) -> None:
-        """Keep the limits. The checkpoint counts already, so that a failure here is said and survived."""
-        if not self._ledger.config.auto_cleanup:
+    def _remove_evicted(self, record: CheckpointMetadata, plan: retention.Plan | None) -> None:
+        """Remove what was evicted. The checkpoint counts already, so that a failure here is said and survived."""
+        if plan is None:
             return
-        plan = change.catalog().retention_plan(record, self._ledger.live_sessions(change.index))
         if plan.over_limit:
             log.warning("%s", plan.over_limit)
+        self._on_evicted(plan.evicted)
         try:
-            self._ledger.evict(change, plan.evicted)
+            self._ledger.remove_files(plan.evicted)
         except OSError as error:
-            change.is_dirty = False
-            log.warning("%s was saved, and pruning failed: %s", record.id, fs.reason_of(error))
-        else:
-            self._on_evicted(plan.evicted)
+            log.warning("%s was saved; removing what was evicted failed: %s", record.id, fs.reason_of(error))
 
 
 # --- pieces --------------------------------------------------------------------------------------
