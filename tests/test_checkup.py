@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from ckptcache import TrainingCache
 from ckptcache.errors import IndexDamaged
+from ckptcache.storage import ptfile
 from tests.caches import as_nobody, file_of, flip, ids, kinds, let_in, listing, save, tiny
 from tests.faults import run_child
 
@@ -171,6 +173,42 @@ def test_what_cannot_be_mended_is_said_each_time_and_nothing_else(cache):
     assert [f.is_damage for f in found if f.kind == "missing"] == [True, True]
     assert kinds(cache) == ["missing", "missing", "name"]
     assert {second.id, third.id} <= set(ids(cache.checkpoints(everything=True)))
+
+
+def test_what_may_not_be_read_is_no_damage_and_is_left_where_it_is(cache, tmp_path, monkeypatch):
+    best, opened = cache.get("best"), os.open
+
+    def refuse(path, *given, **how):
+        if str(path).endswith(f"{best.id}.pt"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *given, **how)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for repair in (False, True):
+        (found,) = cache.doctor(repair=repair)
+        assert (found.kind, found.subject, found.is_damage, found.repaired) == ("unreadable", best.id, False, False)
+    monkeypatch.undo()
+    assert cache.doctor() == []
+    assert cache.load(best.id)
+
+
+def test_what_was_damaged_only_at_the_first_look_is_not_quarantined(cache, monkeypatch):
+    best, verify, looks = cache.get("best"), ptfile.verify, []
+
+    def verify_once_damaged(path, **known):
+        if path != file_of(cache, best) or looks:
+            return verify(path, **known)
+        looks.append(path)
+        flip(path)
+        try:
+            return verify(path, **known)
+        finally:
+            flip(path)
+
+    monkeypatch.setattr(ptfile, "verify", verify_once_damaged)
+    (found,) = cache.doctor(repair=True)
+    assert (found.kind, found.repaired) == ("damaged", False)
+    assert cache.doctor() == []
 
 
 def test_without_verifying_only_what_can_be_seen_from_outside_is_found(cache):
