@@ -101,14 +101,23 @@ class Ledger:
                     stack.enter_context(self.file.held())
             yield
 
-    def live_sessions(self, index: Index) -> set[str]:
-        """Sessions that run, as far as can be known: one of another machine counts until it has ended."""
-        live = set()
+    def sessions_by_lease(self, index: Index) -> dict[fs.LeaseState, set[str]]:
+        """Ids of the sessions that have a lease, by its state."""
+        found: dict[fs.LeaseState, set[str]] = {"live": set(), "dead": set(), "unknown": set()}
         for owner, state in leases(self.layout).items():
-            session = index.sessions.get(owner)
-            if session is not None and (state == "live" or (state == "unknown" and session.stop_reason is None)):
-                live.add(owner)
-        return live
+            if owner in index.sessions:
+                found[state].add(owner)
+        return found
+
+    def live_sessions(self, index: Index) -> set[str]:
+        """Sessions to protect as running: those that do, and the newest of other machines that hasn't ended.
+
+        Only the newest, since a lease from a machine that is gone is never given back, and would protect for ever.
+        """
+        held = self.sessions_by_lease(index)
+        elsewhere = [s for id in held["unknown"] if (s := index.sessions[id]).stop_reason is None]
+        newest = sorted(elsewhere, key=lambda session: session.order)[-1:]
+        return held["live"] | {session.id for session in newest}
 
     # --- changing --------------------------------------------------------------------------------
 

@@ -426,14 +426,18 @@ class Lease:
 
 
 def lease_state(path: Path) -> LeaseState:
-    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot, or out of reach."""
+    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine, or out of reach.
+
+    One that nobody has signed yet is "live" or "unknown": its owner may be just about to, on any machine.
+    """
     try:
         content = read_bytes(path, limit=4096)
     except FileNotFoundError:
         return "dead"
     except (OSError, ValueError, CkptCacheError):
         return "unknown"
-    if not _is_of_this_machine(content):
+    is_signed = _is_of_this_machine(content)
+    if not is_signed and not _is_unsigned(content):
         return "unknown"
     lock = FileLock(path, thread_local=False)
     try:
@@ -449,7 +453,7 @@ def lease_state(path: Path) -> LeaseState:
                 system.unlink(path)
     finally:
         lock.release()
-    return "dead"
+    return "dead" if is_signed else "unknown"
 
 
 def remove_dead_lease(path: Path) -> bool:
@@ -470,9 +474,18 @@ def remove_dead_lease(path: Path) -> bool:
 
 
 def _is_of_this_machine(content: bytes) -> bool:
-    # Also a beginning of the signature: an owner that died while signing is dead, once nobody holds the lock.
-    signature = orjson.dumps(_this_machine())[:-1]
-    return content.startswith(signature) or signature.startswith(content)
+    """Whether a lease was signed here, in this boot or in one before, of which no process is left."""
+    try:
+        signed, here = orjson.loads(content), _this_machine()
+        boots = {signed["boot_id"], here["boot_id"]}
+        return bool(signed["host"] == here["host"] and (len(boots) == 1 or all(boots)))
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _is_unsigned(content: bytes) -> bool:
+    """Whether nothing stands in a lease, or the beginning of what this machine would sign."""
+    return orjson.dumps(_this_machine())[:-1].startswith(content)
 
 
 @functools.cache
