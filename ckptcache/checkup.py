@@ -23,6 +23,11 @@ from ckptcache.storage.reconcile import (
     sidecar_bytes,
 )
 
+_ELSEWHERE = (
+    "it belongs to another machine, or has just been made, and is left alone; once that machine is gone, "
+    "delete its file in sessions/ by hand"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
@@ -170,8 +175,9 @@ def _of_index(ledger: Ledger, opened: Opened) -> Iterator[Finding]:
 
 
 def _of_records(index: Index, observed: Observed) -> Iterator[Finding]:
+    # Missing isn't broken: whoever clones a repository has the index, and no file.
     for id, reason in observed.missing.items():
-        yield Finding("missing", id, f"{reason}; its record is kept", True)
+        yield Finding("missing", id, f"{reason}; its record is kept", False)
     for id, reason in observed.damaged.items():
         yield Finding("damaged", id, reason, True)
     for id, path in observed.unrecorded.items():
@@ -188,8 +194,7 @@ def _of_records(index: Index, observed: Observed) -> Iterator[Finding]:
 def _of_leases(ledger: Ledger) -> Iterator[Finding]:
     for owner, state in leases(ledger.layout).items():
         if state != "live":
-            what = "its process is dead" if state == "dead" else "it belongs to another machine, or an earlier boot"
-            yield Finding("lease", owner, what, False)
+            yield Finding("lease", owner, "its process is dead" if state == "dead" else _ELSEWHERE, False)
 
 
 def _sidecar_faults(ledger: Ledger, observed: Observed) -> dict[str, tuple[str, bool]]:

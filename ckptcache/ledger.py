@@ -149,11 +149,10 @@ class Ledger:
                 log.info("removed %s, which a crash had left behind", path)
 
     def tidy_thoroughly(self) -> None:
-        """Adopt, remove the leases of the dead and of other machines, and clean up what those left behind."""
-        with self.change():
-            for owner, state in leases(self.layout).items():
-                if state == "unknown":  # the dead are removed by every tidying
-                    fs.remove(self.layout.lease(owner), root=self.layout.root)
+        """Adopt, and clean up what the dead left behind, even if this process has done so before.
+
+        Leases of other machines stay, and with them what their writers are at: on a shared file system they may live.
+        """
         self._is_tidy = False
         with self.change():
             pass
