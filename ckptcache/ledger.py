@@ -142,6 +142,12 @@ class Ledger:
         except OSError as error:
             raise CacheDirNotWritable(path=self.layout.root, reason=fs.reason_of(error)) from error
 
+    def _remove_evicted(self, id: str) -> None:
+        try:
+            remove_checkpoint(self.layout, id)
+        except ValueError as error:
+            raise CacheDirNotWritable(path=self.layout.checkpoints, reason="it was linked elsewhere") from error
+
     def _tidy_once(self, observed: Observed) -> None:
         if not self._is_tidy:
             self._is_tidy = True
@@ -173,7 +179,7 @@ class Ledger:
         self._is_tidy = False
         change.commit()
         for id in decided:
-            remove_checkpoint(self.layout, id)
+            self._remove_evicted(id)
         self._is_tidy = True
 
     def quarantine(self, id: str, reason: str) -> None:
@@ -188,7 +194,7 @@ class Ledger:
                 change.put(record.changed(decision="quarantined", decision_reason=reason))
                 change.commit()
             quarantine(path, self.layout, reason=reason)
-            fs.remove(self.layout.sidecar(id), root=self.layout.root)
+            self.layout.remove(self.layout.sidecar(id))
             self._is_tidy = True
 
     # --- who writes ------------------------------------------------------------------------------

@@ -536,3 +536,15 @@ def test_a_lease_that_cannot_be_signed_is_not_kept(tmp_path: Path, error: int) -
             fs.Lease(tmp_path / "s.lock")
         assert failing.hit
         assert names(tmp_path) == []
+
+
+def test_what_goes_aside_to_another_file_system_is_copied_whole(tmp_path: Path) -> None:
+    source, folder = tmp_path / "x.pt", tmp_path / "aside"
+    folder.mkdir()
+    source.write_bytes(b"content")
+    with swapped(FailingSystem(0, errno.EXDEV, "link")) as failing:
+        assert fs.move_aside(source, folder) == folder / "x.pt"
+    assert failing.hit
+    assert (folder / "x.pt").read_bytes() == b"content"
+    assert names(folder) == ["x.pt"]
+    assert not source.exists()
