@@ -141,8 +141,12 @@ class Saver:
             with _as_save_failed(id, layout.checkpoints):
                 publication = Publication(layout, id, self._ledger.writer)
                 own = publication.file.path.name
-                if not any(name.startswith(f"{id}.") and name != own for name in fs.scan(layout.checkpoints)):
-                    return draft, publication
+                try:
+                    if not any(name.startswith(f"{id}.") and name != own for name in fs.scan(layout.checkpoints)):
+                        return draft, publication
+                except BaseException:
+                    _withdraw(publication)
+                    raise
                 publication.withdraw()
             record = dataclasses.replace(draft.record, id=new_checkpoint_id(draft.record.iteration, draft.architecture))
             draft = dataclasses.replace(draft, record=record)
@@ -207,9 +211,9 @@ class Saver:
             log.warning("%s", plan.over_limit)
         try:
             self._ledger.evict(change, plan.evicted)
-        except OSError as error:
+        except (OSError, CkptCacheError) as error:
             change.is_dirty = False
-            log.warning("%s was saved, and pruning failed: %s", record.id, fs.reason_of(error))
+            log.warning("%s was saved, and pruning failed: %s", record.id, fs.reason_behind(error))
         else:
             self._on_evicted(plan.evicted)
 
