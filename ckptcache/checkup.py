@@ -238,6 +238,7 @@ def _repair(ledger: Ledger, found: _Found) -> None:
     if found.is_hopeless:
         with ledger.file.held():
             ledger.set_aside_index()
+        found = _look(ledger, verify=False)
     _quarantine_damaged(ledger, found.observed.damaged)
     if found.observed.unrecorded:
         from ckptcache.adoption import learn
