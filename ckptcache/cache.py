@@ -335,7 +335,8 @@ class TrainingCache:
     def choose(self, needed: Description, policy: str) -> resume.Choice:
         """The checkpoints that `restore` would try under `policy`, in order, without reading any."""
         catalog = self._catalog(needed)
-        return resume.choose(catalog, needed, policy, live=self.ledger.live_sessions(catalog.index))
+        held = self.ledger.sessions_by_lease(catalog.index)
+        return resume.choose(catalog, needed, policy, live=held["live"], elsewhere=held["unknown"])
 
     def _restore_from(self, record: CheckpointMetadata, objects: Mapping[str, Any], rng: bool) -> Restored:
         from ckptcache.state.restore import apply, from_plain

@@ -141,8 +141,12 @@ class Saver:
             with _as_save_failed(id, layout.checkpoints):
                 publication = Publication(layout, id, self._ledger.writer)
                 own = publication.file.path.name
-                if not any(name.startswith(f"{id}.") and name != own for name in fs.scan(layout.checkpoints)):
-                    return draft, publication
+                try:
+                    if not any(name.startswith(f"{id}.") and name != own for name in fs.scan(layout.checkpoints)):
+                        return draft, publication
+                except BaseException:
+                    _withdraw(publication)
+                    raise
                 publication.withdraw()
             record = dataclasses.replace(draft.record, id=new_checkpoint_id(draft.record.iteration, draft.architecture))
             draft = dataclasses.replace(draft, record=record)
@@ -230,8 +234,8 @@ class Saver:
         self._on_evicted(plan.evicted)
         try:
             self._ledger.remove_files(plan.evicted)
-        except OSError as error:
-            log.warning("%s was saved; removing what was evicted failed: %s", record.id, fs.reason_of(error))
+        except (OSError, CkptCacheError) as error:
+            log.warning("%s was saved; removing what was evicted failed: %s", record.id, fs.reason_behind(error))
 
 
 # --- pieces --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from torch import nn
@@ -89,6 +90,28 @@ def test_auto_leaves_a_session_alone_that_still_lives(cache):
     assert chosen(cache, "auto") == 1.0
     cache.close()
     assert chosen(cache, "auto") == 12.0
+
+
+def leave_a_lease_of_elsewhere(cache: TrainingCache, session: str) -> None:
+    lease = {"host": "elsewhere", "boot_id": "another", "pid": 1}
+    (cache.cache_dir / "sessions" / f"{session}.lock").write_bytes(orjson.dumps(lease))
+
+
+def test_auto_goes_on_with_a_session_of_another_machine_and_says_what_it_took_it_for(cache):
+    sessions(cache, "finished", None)
+    leave_a_lease_of_elsewhere(cache, "sess_1")
+    (note,) = cache.restore(tiny(), resume="auto").notes
+    assert "sess_1 ran on another machine" in note
+    assert chosen(cache, "auto") == 12.0
+
+
+def test_of_the_sessions_of_other_machines_only_the_newest_is_protected_as_running(cache):
+    sessions(cache, None, None, None)
+    for number in (0, 1):
+        leave_a_lease_of_elsewhere(cache, f"sess_{number}")
+    keeps = TrainingCache(cache.cache_dir, max_checkpoints=1, keep_latest=1).prune(dry_run=True).kept
+    of = {r.id: r.session for r in cache.checkpoints()}
+    assert {of[id] for id, reason in keeps.items() if "live" in reason} == {"sess_1"}
 
 
 def test_auto_falls_back_to_the_best_when_the_interrupted_sessions_own_are_damaged(cache):

@@ -261,6 +261,39 @@ def test_an_error_in_the_background_is_raised_once_by_who_waits(cache, ask):
     assert temporary_files(cache.cache_dir) == []
 
 
+def test_a_folder_that_cannot_be_listed_fails_the_save_and_leaves_nothing_behind(cache, monkeypatch):
+    save(cache, 2.0)
+    before, scan = temporary_files(cache.cache_dir), fs.scan
+
+    def refuse(folder, **how):
+        if folder == cache.ledger.layout.checkpoints:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return scan(folder, **how)
+
+    monkeypatch.setattr(fs, "scan", refuse)
+    with pytest.raises(SaveFailed, match="open files"):
+        save(cache, 1.0)
+    assert temporary_files(cache.cache_dir) == before == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_checkpoints_on_another_disk_are_saved_and_evicted_and_a_link_made_later_harms_no_save(tmp_path, caplog, when):
+    root, disk = tmp_path / "c", tmp_path / "disk"
+    cache = TrainingCache(root, max_checkpoints=1, keep_latest=0)
+    save(cache, 3.0)
+    (root / "checkpoints").rename(disk)
+    (root / "checkpoints").symlink_to(disk)
+    if when == "before":
+        cache = TrainingCache(root, max_checkpoints=1, keep_latest=0)
+    best = save(cache, 1.0)
+    assert cache.load(best.id)["w"][0] == 1.0
+    assert ("pruning failed" in caplog.text) == (when == "after")
+    assert ids(TrainingCache(root).checkpoints()) == [best.id]
+    TrainingCache(root, max_checkpoints=1).doctor(repair=True)
+    assert [path.stem for path in disk.glob("*.pt")] == [best.id]
+    assert TrainingCache(root).doctor() == []
+
+
 def test_an_error_that_nobody_foresaw_is_raised_too(cache, monkeypatch):
     def broken(*_: object) -> None:
         raise ZeroDivisionError("unforeseen")

@@ -6,6 +6,7 @@ what is on the disk is observed (`reconcile`), so that the file never changes by
 
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from ckptcache.metadata import (
 from ckptcache.storage import fs
 from ckptcache.values import check_depth, content_hash, jsonable
 
+log = logging.getLogger("ckptcache")
 INDEX_NAME = "metadata.json"
 MAX_INDEX_BYTES = 256 * 1024 * 1024
 _JSON = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
@@ -206,14 +208,20 @@ _FLAT_DROPPED = frozenset({"file_path", "path"})
 def upgrade_flat(document: Mapping[str, Any]) -> Index:
     """The index that the oldest layout amounts to: a flat mapping of id to record, configurations inline.
 
-    A path in a record is never followed. What this version has no field for stays in `extra`.
+    A path in a record is never followed. What this version has no field for stays in `extra`. A record
+    whose id can't be one is left out, with a warning, beside others that can.
     Raises ValueError, naming the record, when it isn't that layout.
     """
     index = Index()
     for key, value in document.items():
-        if key in _PARTS or not is_valid_id(key) or not isinstance(value, dict):
+        if key in _PARTS or not isinstance(value, dict):
             raise ValueError(f"it has no schema_version, and {key!r} is not a record")
-    for sequence, (key, flat) in enumerate(sorted(document.items(), key=_flat_order), start=1):
+    records = {key: value for key, value in document.items() if is_valid_id(key)}
+    for key in document.keys() - records.keys():
+        if not records:
+            raise ValueError(f"it has no schema_version, and {key!r} is not a record")
+        log.warning("the record %r is left out, since that can't be the id of a checkpoint", key)
+    for sequence, (key, flat) in enumerate(sorted(records.items(), key=_flat_order), start=1):
         try:
             index.checkpoints[key] = _upgrade_record(key, sequence, flat, index)
         except (ValueError, InvalidValue) as error:

@@ -15,6 +15,9 @@ class Layout:
         self.sessions = root / "sessions"
         self.quarantine = root / "quarantine"
         self.data = root / "data"
+        self._linked = {folder.resolve() for folder in (self.checkpoints, self.sessions, self.quarantine, self.data)}
+        """Where the subfolders are: one may be a link to a larger disk. Resolved once, so that none can be led astray
+        later; a link among the files is never followed."""
 
     def checkpoint(self, id: str) -> Path:
         """The file of a checkpoint."""
@@ -27,6 +30,10 @@ class Layout:
     def lease(self, owner: str) -> Path:
         """The lock file that a session or writer holds while it lives."""
         return self.sessions / f"{check_id(owner)}.lock"
+
+    def remove(self, path: Path) -> bool:
+        """Remove a file of the cache; returns whether it was there. Raises ValueError when it lies elsewhere."""
+        return fs.remove(path, root=self.root, linked=self._linked)
 
     def locate(self, id: str) -> Path:
         """Where the file of a checkpoint is: the oldest layout also kept files beside the index."""
