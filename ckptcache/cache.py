@@ -21,7 +21,7 @@ from ckptcache.errors import (
     ConfigError,
 )
 from ckptcache.ledger import Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name
+from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_id, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage import fs
@@ -148,6 +148,7 @@ class TrainingCache:
 
         Raises:
             NotSavable: something in `state` could not be read back; nothing was written.
+            InvalidValue, InvalidId: an argument is not what it should be; nothing was written.
             SaveFailed, NoSpace: the disk refused; what was there before is untouched.
         """
         measured = {
@@ -460,7 +461,14 @@ class TrainingCache:
 
         Args:
             configs: its model's, training's and data's configuration by name, as plain values.
+
+        Raises InvalidId or InvalidValue for what could not be read again.
         """
+        for id in (session.id, session.parent, session.best_checkpoint):
+            if id is not None:
+                check_id(id)
+        if configs is not None:
+            configs = jsonable(dict(configs), "configs")
         with self.ledger.change() as change:
             if configs is not None:
                 session = dataclasses.replace(session, config=change.index.store_config(dict(configs)))

@@ -39,7 +39,7 @@ from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
 from ckptcache.storage.ptfile import HEADER
 from ckptcache.tally import Tally, summary_of
-from ckptcache.values import jsonable
+from ckptcache.values import plain_config
 
 log = logging.getLogger("ckptcache")
 SUMMARY_NAME = "training_summary.json"
@@ -104,7 +104,7 @@ class TrainingSession:
         self.cache = cache
         self.id = new_session_id()
         self.configs: dict[str, Any] = {
-            name: None if value is None else jsonable(value, name) for name, value in configs.items()
+            name: None if value is None else plain_config(value, name) for name, value in configs.items()
         }
         self.resume = resume
         self.seed = seed

@@ -30,6 +30,7 @@ from ckptcache.errors import (
 )
 from ckptcache.session import TrainingSession
 from ckptcache.storage.ptfile import HEADER
+from ckptcache.values import MAX_CONFIG_DEPTH
 from tests.faults import FailingSystem, run_child, swapped, wait_until
 from tests.jobs import Job, cache_at, differences
 
@@ -556,6 +557,16 @@ def test_names_are_given_once(cache, name):
 def test_the_generators_name_is_taken(cache):
     with pytest.raises(DuplicateName, match="rng"):
         TrainingSession(cache, model=nn.Linear(1, 1), rng={})
+
+
+def test_a_configuration_as_deep_as_is_allowed_is_read_again(cache):
+    config = []
+    for _ in range(MAX_CONFIG_DEPTH - 1):
+        config = [config]
+    Job().run(cache, 1, model_config={"deep": config})
+    assert Job().run(cache_at(cache.cache_dir), 2, model_config={"deep": config}).start_iteration == 1
+    with pytest.raises(InvalidValue, match="nested"):
+        TrainingSession(cache, model_config={"deep": [config]})
 
 
 def test_what_cannot_be_read_back_is_refused_at_entry_and_leaves_nothing(tmp_path):
