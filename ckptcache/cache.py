@@ -72,6 +72,8 @@ class TrainingCache:
         self.ledger = Ledger(Path(self.config.cache_dir), self.config)
         self.last_evicted: Mapping[str, str] = {}
         """What the latest save or prune evicted, as id to reason."""
+        self.last_notes: tuple[str, ...] = ()
+        """What the latest restore passed over, and why, whether it came to anything or not; one sentence each."""
         self._saver: Saver | None = None
         self._warned_of: set[str] = set()
 
@@ -297,7 +299,12 @@ class TrainingCache:
         Raises:
             CheckpointNotFound, CheckpointMissing, CheckpointDamaged, Incompatible, NotRestorable: the checkpoint
                 that `resume` names can't be restored.
+            InvalidValue: one of `objects` can't be changed in place, such as a number.
         """
+        from ckptcache.state.restore import check_fillable
+
+        check_fillable(objects)
+        self.last_notes = ()
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
         notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
@@ -312,9 +319,11 @@ class TrainingCache:
                     log.warning("%s is passed over: %s", record.id, error)
                     notes.append(f"{record.id} is passed over: {error}")
                 else:
-                    return dataclasses.replace(restored, notes=tuple(notes))
+                    self.last_notes = tuple(notes)
+                    return dataclasses.replace(restored, notes=self.last_notes)
             # Those that failed may have been evicted meanwhile, in favour of others.
             choice = self.choose(needed, resume)
+        self.last_notes = tuple(notes)
         return None
 
     def _lament(self, choice: "resume.Choice") -> list[str]:

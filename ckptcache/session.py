@@ -33,7 +33,7 @@ from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, avoid_repeating, start
 from ckptcache.state.capture import capture
-from ckptcache.state.restore import RNG, apply
+from ckptcache.state.restore import RNG, apply, check_fillable
 from ckptcache.state.rng import capture_rng
 from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
@@ -75,6 +75,7 @@ class TrainingSession:
 
     Raises (at entry):
         NotSavable: an object could be saved and never be read back; it is named.
+        InvalidValue: an object can't be changed in place, such as a number, and so never be restored.
         CacheDirNotWritable, IndexDamaged, IndexTooNew: the cache can't be used.
         CheckpointNotFound, CheckpointMissing, Incompatible, ...: what `resume` names can't be restored.
     """
@@ -181,6 +182,7 @@ class TrainingSession:
             raise SessionClosed(session=self.id)
         self._clock = time.monotonic()
         capture(self._objects)  # what can't be saved is refused now, and not after hours
+        check_fillable(self._objects)
         if self.resume not in RESERVED_NAMES:
             self.cache.choose(self.cache.needed(self._objects, **self._needed()), self.resume)
         self.cache.ledger.hold(self.id)
@@ -310,11 +312,12 @@ class TrainingSession:
     def register(self, name: str, value: Any) -> None:
         """Save `value` from now on under `name`; if the session resumed and the checkpoint holds it, it is restored.
 
-        Raises DuplicateName, NotSavable or NotRestorable; `value` is then not registered.
+        Raises DuplicateName, NotSavable, InvalidValue or NotRestorable; `value` is then not registered.
         """
         self._check_open()
         self._check_name(name)
         capture({name: value})
+        check_fillable({name: value})
         state = dict(self._startup.state)
         if name in state and self._startup.record is not None:
             apply({name: value}, {name: state.pop(name)}, id=self._startup.record.id, rng=False)

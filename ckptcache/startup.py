@@ -51,7 +51,7 @@ def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str,
     found = _found(catalog)
     explanations = [] if resume == "never" else catalog.explain(description)
     if restored is None:
-        return Startup(messages=(found, *_why_fresh(explanations, resume)))
+        return Startup(messages=(found, *cache.last_notes, *_why_fresh(explanations, resume)))
     record = restored.record
     lines = [found, _resumed(record, explanations, resume), *restored.notes, *_passed_over(explanations)]
     is_comparable = catalog.judge(record, description).comparable

@@ -1,5 +1,6 @@
 """One process's stretch of training: resuming exactly, saving when it should, and leaving a record."""
 
+import copy
 import errno
 import json
 import logging
@@ -29,6 +30,7 @@ from ckptcache.errors import (
     SessionClosed,
 )
 from ckptcache.session import TrainingSession
+from ckptcache.state.restore import apply
 from ckptcache.storage.ptfile import HEADER
 from ckptcache.values import MAX_CONFIG_DEPTH
 from tests.faults import FailingSystem, run_child, swapped, wait_until
@@ -567,6 +569,89 @@ def test_a_configuration_as_deep_as_is_allowed_is_read_again(cache):
     assert Job().run(cache_at(cache.cache_dir), 2, model_config={"deep": config}).start_iteration == 1
     with pytest.raises(InvalidValue, match="nested"):
         TrainingSession(cache, model_config={"deep": [config]})
+
+
+@pytest.mark.parametrize("value", [3, "three", (1, 2), {1}, torch.Size([1])])
+def test_what_cannot_be_filled_in_place_is_refused_with_the_way_out(cache, value):
+    with pytest.raises(InvalidValue, match=r"^epoch cannot be .*dict.*checkpoint\(extra=") as caught:
+        TrainingSession(cache, **Job().objects(), epoch=value).__enter__()
+    assert caught.value.fields["name"] == "epoch"
+    assert not cache.cache_dir.exists()
+    with TrainingSession(cache, **Job().objects()) as session, pytest.raises(InvalidValue, match="epoch"):
+        session.register("epoch", value)
+    with pytest.raises(InvalidValue, match="epoch"):
+        cache.restore({"epoch": value})
+    Job().run(cache, 1, progress={"epoch": value})
+    progress = {"epoch": None}
+    assert Job().run(cache, 2, progress=progress).start_iteration == 1
+    assert progress == {"epoch": value}
+
+
+class Picky:
+    """Saves what it then refuses."""
+
+    def state_dict(self):
+        return {"mood": 1}
+
+    def load_state_dict(self, state):
+        raise RuntimeError("not today")
+
+
+def test_a_fresh_start_says_what_was_tried_and_failed(cache):
+    Job().run(cache, 1, picky=Picky())
+    session = Job().run(cache, 2, picky=Picky())
+    assert session.start_iteration == 0
+    [line] = [line for line in session.messages if "is passed over" in line]
+    assert "'picky' could not be restored" in line
+    assert "not today" in line
+    assert cache.restore({"model": Job().model}, resume="never") is None
+    assert cache.last_notes == ()
+
+
+class Wide(torch.optim.Optimizer):
+    """Keeps its state in float32 whatever its parameters are."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("average", torch.zeros(p.shape)).add_(p.detach().float() / 3)
+                self.state[p].setdefault("history", [torch.zeros(p.shape)])[0].add_(1 / 3)
+
+
+def test_an_optimizer_state_wider_than_its_parameters_comes_back_bit_for_bit(cache):
+    def made():
+        model = nn.Linear(4, 3, dtype=torch.bfloat16)
+        return {"model": model, "optimizer": Wide(model.parameters())}
+
+    first, second, third = made(), made(), made()
+    first["optimizer"].step()
+    record = cache.save(first, iteration=1)
+    cache.restore(second)
+    assert not list(differences(second["optimizer"].state_dict(), first["optimizer"].state_dict()))
+
+    third["optimizer"].step()
+    before = copy.deepcopy(third["optimizer"].state_dict())
+    with pytest.raises(NotRestorable):
+        apply({**third, "model": nn.Linear(1, 1)}, cache.load(record.id), id=record.id)
+    assert not list(differences(third["optimizer"].state_dict(), before))
+
+
+def test_a_mapping_comes_back_exactly_and_lacks_no_live_object(cache):
+    def made(**more):
+        return {"best": 1.0, "seen": [1], "inner": {"kept": 1, **more}, **more}
+
+    Job().run(cache, 1, progress=made())
+    progress = made(late=5)
+    Job().run(cache, 2, progress=progress)
+    assert progress == made()
+    live = made(late=torch.zeros(2))
+    session = Job().run(cache, 3, progress=live)
+    assert session.start_iteration == 0
+    assert any("late was not saved" in line for line in session.messages)
+    assert set(live) == {"best", "seen", "inner", "late"}
 
 
 def test_what_cannot_be_read_back_is_refused_at_entry_and_leaves_nothing(tmp_path):
