@@ -20,6 +20,8 @@ from ckptcache.metadata import CheckpointMetadata, SaveReason, SessionRecord, ch
 from ckptcache.policy import quality
 from ckptcache.policy.compatibility import Description, architecture_key
 from ckptcache.state.capture import Captured, capture, walk
+from ckptcache.state.restore import RNG
+from ckptcache.state.rng import is_rng_state
 from ckptcache.state.staging import snapshot
 from ckptcache.storage import fs, ptfile
 from ckptcache.storage.index import Index
@@ -67,6 +69,9 @@ class Saver:
         """Capture and describe; raises NotSavable or InvalidValue before anything is written."""
         if isinstance(state, Mapping) and ptfile.HEADER in state:
             raise NotSavable(key=ptfile.HEADER, kind="named like the file's own header", remedy="give it another name")
+        if isinstance(state, Mapping) and RNG in state and not is_rng_state(state[RNG]):
+            kind = "named like the part for the global generators"
+            raise NotSavable(key=RNG, kind=kind, remedy="give it another name, or save what capture_rng() gives")
         captured = capture(state)
         piece = Index()
         names: dict[str, Any] = {
