@@ -74,6 +74,8 @@ class TrainingCache:
         """What the latest save or prune evicted, as id to reason."""
         self.last_notes: tuple[str, ...] = ()
         """What the latest restore passed over, and why, whether it came to anything or not; one sentence each."""
+        self.last_warned: tuple[str, ...] = ()
+        """Those of `last_notes` that were logged as warnings."""
         self._saver: Saver | None = None
         self._warned_of: set[str] = set()
 
@@ -304,10 +306,11 @@ class TrainingCache:
         from ckptcache.state.restore import check_fillable
 
         check_fillable(objects)
-        self.last_notes = ()
+        self.last_notes = self.last_warned = ()
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
         notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
+        choice_notes = len(choice.notes)
         while untried := [record for record in choice.records if record.id not in tried]:
             for record in untried:
                 tried.add(record.id)
@@ -319,12 +322,15 @@ class TrainingCache:
                     log.warning("%s is passed over: %s", record.id, error)
                     notes.append(f"{record.id} is passed over: {error}")
                 else:
-                    self.last_notes = tuple(notes)
+                    self._note(notes, choice_notes)
                     return dataclasses.replace(restored, notes=self.last_notes)
             # Those that failed may have been evicted meanwhile, in favour of others.
             choice = self.choose(needed, resume)
-        self.last_notes = tuple(notes)
+        self._note(notes, choice_notes)
         return None
+
+    def _note(self, notes: list[str], unsaid: int) -> None:
+        self.last_notes, self.last_warned = tuple(notes), tuple(notes[unsaid:])
 
     def _lament(self, choice: "resume.Choice") -> list[str]:
         """Say what would have been restored from, had its file been whole; what is damaged goes to quarantine."""
