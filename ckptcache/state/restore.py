@@ -124,8 +124,8 @@ def check_fillable(targets: Mapping[str, Any]) -> None:
         if value is not None and not _is_fillable(value):
             kind = type(value).__name__
             reason = (
-                f"a value of type {kind} can't be changed in place, and so never be restored: keep it in a "
-                "mutable dict that you register, or pass it to checkpoint(extra=...)"
+                f"a value of type {kind} can't be changed in place, and so never be restored: keep it in a dict, "
+                "or pass it to checkpoint(extra=...)"
             )
             raise InvalidValue(name=name, value=value, reason=reason)
 
