@@ -22,7 +22,7 @@ from ckptcache.errors import (
     InvalidName,
 )
 from ckptcache.ledger import Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name
+from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_id, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage import fs
@@ -74,6 +74,10 @@ class TrainingCache:
         self.ledger = Ledger(Path(self.config.cache_dir).absolute(), self.config)
         self.last_evicted: Mapping[str, str] = {}
         """What the latest save or prune evicted, as id to reason."""
+        self.last_notes: tuple[str, ...] = ()
+        """What the latest restore passed over, and why, whether it came to anything or not; one sentence each."""
+        self.last_warned: tuple[str, ...] = ()
+        """Those of `last_notes` that were logged as warnings."""
         self._saver: Saver | None = None
         self._warned_of: set[str] = set()
 
@@ -150,6 +154,7 @@ class TrainingCache:
 
         Raises:
             NotSavable: something in `state` could not be read back; nothing was written.
+            InvalidValue, InvalidId: an argument is not what it should be; nothing was written.
             SaveFailed, NoSpace: the disk refused; what was there before is untouched.
         """
         measured = {
@@ -298,10 +303,16 @@ class TrainingCache:
         Raises:
             CheckpointNotFound, CheckpointMissing, CheckpointDamaged, Incompatible, NotRestorable: the checkpoint
                 that `resume` names can't be restored.
+            InvalidValue: one of `objects` can't be changed in place, such as a number.
         """
+        from ckptcache.state.restore import check_fillable
+
+        check_fillable(objects)
+        self.last_notes = self.last_warned = ()
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
         notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
+        choice_notes = len(choice.notes)
         while untried := [record for record in choice.records if record.id not in tried]:
             for record in untried:
                 tried.add(record.id)
@@ -313,10 +324,15 @@ class TrainingCache:
                     log.warning("%s is passed over: %s", record.id, error)
                     notes.append(f"{record.id} is passed over: {error}")
                 else:
-                    return dataclasses.replace(restored, notes=tuple(notes))
+                    self._note(notes, choice_notes)
+                    return dataclasses.replace(restored, notes=self.last_notes)
             # Those that failed may have been evicted meanwhile, in favour of others.
             choice = self.choose(needed, resume)
+        self._note(notes, choice_notes)
         return None
+
+    def _note(self, notes: list[str], unsaid: int) -> None:
+        self.last_notes, self.last_warned = tuple(notes), tuple(notes[unsaid:])
 
     def _lament(self, choice: "resume.Choice") -> list[str]:
         """Say what would have been restored from, had its file been whole; what is damaged goes to quarantine."""
@@ -465,7 +481,14 @@ class TrainingCache:
 
         Args:
             configs: its model's, training's and data's configuration by name, as plain values.
+
+        Raises InvalidId or InvalidValue for what could not be read again.
         """
+        for id in (session.id, session.parent, session.best_checkpoint):
+            if id is not None:
+                check_id(id)
+        if configs is not None:
+            configs = jsonable(dict(configs), "configs")
         with self.ledger.change() as change:
             if configs is not None:
                 session = dataclasses.replace(session, config=change.index.store_config(dict(configs)))

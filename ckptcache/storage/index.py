@@ -320,6 +320,33 @@ def _references(index: Index) -> set[str | None]:
     return used
 
 
+def check_readable(index: Index, known: Index) -> None:
+    """InvalidValue for what is in `index`, is not in `known`, and would be refused when the index is read again."""
+    for part, key, entry in _changed_entries(index, known):
+        try:
+            _read_back(part, key, entry)
+        except ValueError as error:
+            raise InvalidValue(name=f"{part}/{key}", value=type(entry).__name__, reason=str(error)) from error
+
+
+def _changed_entries(index: Index, known: Index) -> Iterator[tuple[str, str, Any]]:
+    for part in _PARTS:
+        before = getattr(known, part)
+        yield from ((part, key, entry) for key, entry in getattr(index, part).items() if before.get(key) is not entry)
+
+
+def _read_back(part: str, key: str, entry: Any) -> None:
+    if part == "configs":
+        check_depth(entry, "a configuration")
+        return
+    plain = entry.to_json()
+    if plain.get("id", key) != key:
+        raise ValueError(f"it calls itself {plain['id']!r}")
+    type(entry).from_json(plain)
+    if part == "names":
+        _checked_name(key)
+
+
 # --- merging -------------------------------------------------------------------------------------
 
 
@@ -402,7 +429,11 @@ class IndexFile:
             yield
 
     def commit(self, index: Index, *, writer: str) -> None:
-        """Make `index` the committed one, durably, and the present one `.prev`; the lock must be held."""
+        """Make `index` the committed one, durably, and the present one `.prev`; the lock must be held.
+
+        Raises InvalidValue for an entry that could not be read again; nothing is written then.
+        """
+        check_readable(index, Index() if self._seen is None else self._seen[1])
         data = serialise(index)
         fs.keep_generation(self.path, self.previous, writer=writer)
         fs.write_atomically(self.path, data, writer=writer)
