@@ -235,6 +235,7 @@ def test_the_record_of_a_save_in_the_background_is_the_one_that_is_committed(cac
 
 
 def failed_in_the_background(cache: TrainingCache) -> None:
+    cache.ledger.hold(cache.ledger.writer)  # signing the lease makes an fsync of its own
     with swapped(FailingSystem(0, errno.ENOSPC, "fsync")):
         cache.save(tiny(), iteration=1, val_loss=1.0, blocking=False)
         cache._saver._thread.join()
