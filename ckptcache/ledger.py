@@ -144,6 +144,9 @@ class Ledger:
             CacheDirNotWritable: the folder refuses.
             LockTimeout: another process keeps the lock.
         """
+        for folder in self.layout.linked_folders():
+            reason = "it is a link, and nothing outside the cache is ever removed; put the whole cache there instead"
+            raise CacheDirNotWritable(path=folder, reason=reason)
         try:
             with self.file.held():
                 opened = open_index(self.file, self.layout)

@@ -929,6 +929,7 @@ def test_a_save_in_the_background_that_failed_does_not_cost_the_last_one(cache):
     with TrainingSession(cache, **job.objects()) as session:
         for step in session.steps(2):
             job.train_step(step)
+        cache.ledger.hold(cache.ledger.writer)  # whose lease is synced too
         with swapped(FailingSystem(0, errno.ENOSPC, "fsync")) as failing:
             cache.save({"x": torch.zeros(2)}, iteration=1, blocking=False)
             wait_until(lambda: failing.hit)

@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,17 +340,13 @@ def _copy(source: Path, target: Path) -> None:
             temp.write(chunk)
 
 
-def remove(path: Path, *, root: Path, linked: Collection[Path] = ()) -> bool:
+def remove(path: Path, *, root: Path) -> bool:
     """Remove a regular file inside `root`; returns whether it was there.
 
-    Args:
-        linked: folders outside `root`, already resolved, directly in which files may be removed too.
-
     Raises:
-        ValueError: `path` is in none of them; nothing outside a cache is ever removed.
+        ValueError: `path` is not inside `root`; nothing outside a cache is ever removed.
     """
-    folder = path.parent.resolve()
-    if not folder.is_relative_to(root.resolve()) and folder not in linked:
+    if not path.parent.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{path} is outside {root}")
     try:
         system.unlink(path)

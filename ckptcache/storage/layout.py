@@ -15,9 +15,11 @@ class Layout:
         self.sessions = root / "sessions"
         self.quarantine = root / "quarantine"
         self.data = root / "data"
-        self._linked = {folder.resolve() for folder in (self.checkpoints, self.sessions, self.quarantine, self.data)}
-        """Where the subfolders are: one may be a link to a larger disk. Resolved once, so that none can be led astray
-        later; a link among the files is never followed."""
+
+    def linked_folders(self) -> list[Path]:
+        """Subfolders that are links. Nothing outside the cache is ever removed, so that such a one can't be kept."""
+        folders = (self.checkpoints, self.sessions, self.quarantine, self.data)
+        return [folder for folder in folders if folder.is_symlink()]
 
     def checkpoint(self, id: str) -> Path:
         """The file of a checkpoint."""
@@ -33,7 +35,7 @@ class Layout:
 
     def remove(self, path: Path) -> bool:
         """Remove a file of the cache; returns whether it was there. Raises ValueError when it lies elsewhere."""
-        return fs.remove(path, root=self.root, linked=self._linked)
+        return fs.remove(path, root=self.root)
 
     def locate(self, id: str) -> Path:
         """Where the file of a checkpoint is: the oldest layout also kept files beside the index."""

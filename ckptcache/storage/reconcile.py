@@ -78,7 +78,7 @@ def open_index(file: IndexFile, layout: Layout) -> Opened:
         strays |= _ids_of_sidecars(layout)
     opened.index = found or Index()
     _adopt_strays(opened, layout, strays)
-    can_be_rebuilt = found is not None or bool(strays)
+    can_be_rebuilt = found is not None or bool(opened.adopted)
     if opened.broken is not None and not (can_be_rebuilt and _may_be_ours(file)):
         raise opened.broken
     return opened

@@ -395,7 +395,7 @@ def test_the_command_to_go_on_asks_for_more_of_the_same(given, expected):
         (["--n_head", "3"], 2, "n_embd must be a multiple of n_head"),
         (["--device", "abacus"], 2, "torch has no such device here"),
         (["--device", "CPU!"], 2, "device must be like auto, cpu"),
-        (["--resume", "ckpt_nowhere"], 3, "There is no checkpoint 'ckpt_nowhere' in out/cache"),
+        (["--resume", "ckpt_nowhere"], 3, "There is no checkpoint 'ckpt_nowhere' in "),
         (["--data_dir", "empty"], 2, "empty holds no training data"),
         (["--data_dir", "nowhere"], 2, "there is no such folder"),
         (["--data_dir", "tiny.json"], 2, "it is a file, and a folder is needed"),

@@ -342,22 +342,6 @@ def test_half_written_summaries_of_the_dead_go_and_nobody_elses(full):
     lease.release()
 
 
-def test_a_folder_that_is_a_link_to_another_disk_is_tidied_and_a_link_in_it_not_followed(full, tmp_path):
-    outside = tmp_path / "outside"
-    full.layout.checkpoints.rename(outside)
-    full.layout.checkpoints.symlink_to(outside)
-    (tmp_path / "precious.pt").write_text("mine")
-    (outside / "evil.pt.gone.tmp").symlink_to(tmp_path / "precious.pt")
-    (outside / "ckpt_new.pt.gone.tmp").write_bytes(b"half")
-    layout = Layout(full.layout.root)
-    assert reconcile.tidy(observe(full.index, layout), full.file, layout) == [
-        layout.checkpoints / "ckpt_new.pt.gone.tmp"
-    ]
-    assert (tmp_path / "precious.pt").read_text() == "mine"
-    with pytest.raises(ValueError, match="outside"):
-        layout.remove(tmp_path / "precious.pt")
-
-
 def test_tidying_twice_removes_nothing_more(full):
     (full.layout.checkpoints / "ckpt_new.pt.gone.tmp").write_bytes(b"half")
     full.tidy()
