@@ -290,9 +290,14 @@ class CacheMachine(RuleBasedStateMachine):
             assert record.tags == self.tags[id]
             decided = self.known[id].state in ("evicted", "quarantined")
             assert (record.decision == self.known[id].state) if decided else record.decision is None
+        listed = ids(self.cache.checkpoints())
         for size in SIZES:
             found, ranked = self.cache.best(tiny(size=size)), self.ranked(size)
             assert (found and found.id) == (ranked[0].record.id if ranked else None)
+            members = [k for k in self.those("available").values() if k.size == size]
+            diverged = sorted((k for k in members if k not in ranked), key=lambda k: k.record.order, reverse=True)
+            order = [k.record.id for k in (*ranked, *diverged)]
+            assert [id for id in listed if id in order] == order
 
 
 def _is_sound(loss: float | None) -> bool:

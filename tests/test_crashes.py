@@ -84,6 +84,8 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "a save over a broken index": (break_index, new_best),
     "a repair": (break_index, lambda cache: cache.doctor(repair=True)),
 }
+# What pins and names, or has to do with the generation before.
+CHANGING_MARKS = ("pins, names and tags", "pruning", "a save over a broken index", "a repair")
 EVERY = [pytest.param(n, marks=[pytest.mark.campaign] if i > 1 else []) for i, n in enumerate(SCENARIOS)]
 
 
@@ -96,7 +98,10 @@ class Stage:
         self.template, self.folder = folder / "template", folder / "cache"
         with opened(self.template) as cache:
             prepare(cache)
-        self.acknowledged = {r.id: r for r in opened(self.template).checkpoints()}
+        self.keeps_marks = scenario not in CHANGING_MARKS
+        found = opened(self.template).checkpoints()
+        self.acknowledged, self.names = {r.id: r for r in found}, opened(self.template).names()
+        self.pinned = {r.id for r in found if r.pinned}
         self.spoilt = {f.subject for f in opened(self.template).doctor() if f.kind == "damaged"}
 
     def lay_out(self) -> None:
@@ -119,6 +124,9 @@ class Stage:
         assert len(there) >= min(1, len(self.acknowledged) - len(self.spoilt)), "none is left"
         for id in there - self.spoilt:
             assert cache.load(id)["w"].tolist() == [records[id].val_loss] * 4
+        if self.keeps_marks:
+            assert cache.names() == self.names
+            assert {r.id for r in records.values() if r.pinned} == self.pinned
         self.check_goes_on(cache)
 
     def check_goes_on(self, cache: TrainingCache) -> None:

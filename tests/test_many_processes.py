@@ -129,8 +129,9 @@ def read(folder: Path, until: Path, opens: int) -> None:
     """Restore again and again, from a cache opened anew each time; never nothing, and never anything but one whole."""
     done = 0
     while not until.exists() and done < opens:
-        target = tiny(-1.0, 4000)
-        restored = TrainingCache(folder).restore(target, resume=("best", "latest")[done % 2])
+        target, cache = tiny(-1.0, 4000), TrainingCache(folder)
+        assert cache.ledger.file.read() is not None, "an index is there, and whole"
+        restored = cache.restore(target, resume=("best", "latest")[done % 2])
         assert restored is not None, "a cache that always holds one was empty to a reader"
         assert set(target["w"].tolist()) == {float(restored.record.iteration)}
         assert restored.notes == () or all("passed over" not in n or "gone" in n for n in restored.notes)
