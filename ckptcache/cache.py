@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -187,7 +188,9 @@ class TrainingCache:
         if self._saver is None:
             from ckptcache.saving import Saver
 
-            self._saver = Saver(self.ledger, on_evicted=self._note_evicted)
+            # Weakly, for a cache that nobody holds gives its lease back at once, and not when a cycle is collected.
+            note = weakref.WeakMethod(self._note_evicted)
+            self._saver = Saver(self.ledger, on_evicted=lambda evicted: _call(note(), evicted))
         return self._saver
 
     def _note_evicted(self, evicted: Mapping[str, str]) -> None:
@@ -568,3 +571,8 @@ class TrainingCache:
         record = self.save(state, **{**found, **described})
         assert record is not None  # noqa: S101 - only `if_improved` gives None
         return record
+
+
+def _call(function: Callable[[Mapping[str, str]], None] | None, evicted: Mapping[str, str]) -> None:
+    if function is not None:
+        function(evicted)
