@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 import orjson
 
 from ckptcache.errors import CacheDirNotWritable, CheckpointDamaged, CkptCacheError, IndexDamaged
-from ckptcache.ledger import Ledger
+from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata, utc_now
 from ckptcache.state.capture import fingerprint
 from ckptcache.storage import ptfile
@@ -26,27 +27,36 @@ def learn(ledger: Ledger, incomplete: Iterable[str], unrecorded: Iterable[str]) 
     catalog = ledger.view()
     found = Index()
     for id in incomplete:
-        found = merge(Index(), found, _completed(ledger, catalog.index.checkpoints[id]))
+        found = merge(Index(), found, _or_nothing(id, _completed, ledger, catalog.index.checkpoints[id]))
     for id in unrecorded:
-        found = merge(Index(), found, _recorded(ledger, id))
+        found = merge(Index(), found, _or_nothing(id, _recorded, ledger, id))
     if not found.checkpoints:
         return
     try:
         with ledger.change() as change:
-            change.index = merge(Index(), change.index, _still_unknown(found, change.index))
-            change.is_dirty = True
+            for record in found.checkpoints.values():
+                _put(change, record, found)
     except CacheDirNotWritable:
         ledger.overlay = merge(Index(), ledger.overlay, found)
 
 
-def _still_unknown(found: Index, index: Index) -> Index:
-    """What was found, without what a writer that had been about to commit has put into the index meanwhile."""
-    records = {
-        id: record
-        for id, record in found.checkpoints.items()
-        if id not in index.checkpoints or index.checkpoints[id].fingerprint is None
-    }
-    return Index(checkpoints=records, configs=found.configs, fingerprints=found.fingerprints)
+def _or_nothing(id: str, look: Callable[..., Index], *given: Any) -> Index:
+    """One file that can't be learned of, such as a newer version's, must not keep the others from being."""
+    try:
+        return look(*given)
+    except CkptCacheError as error:
+        log.warning("%s is passed over: %s", id, error)
+        return Index()
+
+
+def _put(change: Change, found: CheckpointMetadata, piece: Index) -> None:
+    """Add what was found to the record as it now is: others may have pinned, decided or committed meanwhile."""
+    present = change.index.checkpoints.get(found.id)
+    if present is None:
+        change.put(found, piece)
+    elif present.fingerprint is None:
+        learned = {name: getattr(found, name) for name in ("fingerprint", "contents", "size", "digest")}
+        change.put(present.changed(**learned), piece)
 
 
 def _completed(ledger: Ledger, record: CheckpointMetadata) -> Index:
@@ -76,7 +86,12 @@ def _recorded(ledger: Ledger, id: str) -> Index:
         piece = Index()
         name = piece.store_fingerprint(fingerprint(content.state, content.state))
         record = CheckpointMetadata(
-            id=id, created_at=utc_now(), contents=tuple(content.state), fingerprint=name, tags=("adopted",)
+            id=id,
+            created_at=utc_now(),
+            contents=tuple(content.state),
+            fingerprint=name,
+            tags=("adopted",),
+            pinned=True,  # it may be the only copy of something that isn't this cache's to delete
         )
     record = dataclasses.replace(record, size=content.size, digest=content.digest)
     log.info("%s was found without a record and taken up", id)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ckptcache.errors import (
     InvalidName,
 )
 from ckptcache.ledger import Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_name
+from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_id, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage import fs
@@ -74,6 +75,10 @@ class TrainingCache:
         self.ledger = Ledger(Path(self.config.cache_dir).absolute(), self.config)
         self.last_evicted: Mapping[str, str] = {}
         """What the latest save or prune evicted, as id to reason."""
+        self.last_notes: tuple[str, ...] = ()
+        """What the latest restore passed over, and why, whether it came to anything or not; one sentence each."""
+        self.last_warned: tuple[str, ...] = ()
+        """Those of `last_notes` that were logged as warnings."""
         self._saver: Saver | None = None
         self._warned_of: set[str] = set()
 
@@ -150,6 +155,7 @@ class TrainingCache:
 
         Raises:
             NotSavable: something in `state` could not be read back; nothing was written.
+            InvalidValue, InvalidId: an argument is not what it should be; nothing was written.
             SaveFailed, NoSpace: the disk refused; what was there before is untouched.
         """
         measured = {
@@ -182,7 +188,9 @@ class TrainingCache:
         if self._saver is None:
             from ckptcache.saving import Saver
 
-            self._saver = Saver(self.ledger, on_evicted=self._note_evicted)
+            # Weakly, for a cache that nobody holds gives its lease back at once, and not when a cycle is collected.
+            note = weakref.WeakMethod(self._note_evicted)
+            self._saver = Saver(self.ledger, on_evicted=lambda evicted: _call(note(), evicted))
         return self._saver
 
     def _note_evicted(self, evicted: Mapping[str, str]) -> None:
@@ -298,10 +306,16 @@ class TrainingCache:
         Raises:
             CheckpointNotFound, CheckpointMissing, CheckpointDamaged, Incompatible, NotRestorable: the checkpoint
                 that `resume` names can't be restored.
+            InvalidValue: one of `objects` can't be changed in place, such as a number.
         """
+        from ckptcache.state.restore import check_fillable
+
+        check_fillable(objects)
+        self.last_notes = self.last_warned = ()
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         choice = self.choose(needed, resume)
         notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
+        choice_notes = len(choice.notes)
         while untried := [record for record in choice.records if record.id not in tried]:
             for record in untried:
                 tried.add(record.id)
@@ -313,10 +327,15 @@ class TrainingCache:
                     log.warning("%s is passed over: %s", record.id, error)
                     notes.append(f"{record.id} is passed over: {error}")
                 else:
-                    return dataclasses.replace(restored, notes=tuple(notes))
+                    self._note(notes, choice_notes)
+                    return dataclasses.replace(restored, notes=self.last_notes)
             # Those that failed may have been evicted meanwhile, in favour of others.
             choice = self.choose(needed, resume)
+        self._note(notes, choice_notes)
         return None
+
+    def _note(self, notes: list[str], unsaid: int) -> None:
+        self.last_notes, self.last_warned = tuple(notes), tuple(notes[unsaid:])
 
     def _lament(self, choice: "resume.Choice") -> list[str]:
         """Say what would have been restored from, had its file been whole; what is damaged goes to quarantine."""
@@ -335,7 +354,8 @@ class TrainingCache:
     def choose(self, needed: Description, policy: str) -> resume.Choice:
         """The checkpoints that `restore` would try under `policy`, in order, without reading any."""
         catalog = self._catalog(needed)
-        return resume.choose(catalog, needed, policy, live=self.ledger.live_sessions(catalog.index))
+        held = self.ledger.sessions_by_lease(catalog.index)
+        return resume.choose(catalog, needed, policy, live=held["live"], elsewhere=held["unknown"])
 
     def _restore_from(self, record: CheckpointMetadata, objects: Mapping[str, Any], rng: bool) -> Restored:
         from ckptcache.state.restore import apply, from_plain
@@ -464,7 +484,14 @@ class TrainingCache:
 
         Args:
             configs: its model's, training's and data's configuration by name, as plain values.
+
+        Raises InvalidId or InvalidValue for what could not be read again.
         """
+        for id in (session.id, session.parent, session.best_checkpoint):
+            if id is not None:
+                check_id(id)
+        if configs is not None:
+            configs = jsonable(dict(configs), "configs")
         with self.ledger.change() as change:
             if configs is not None:
                 session = dataclasses.replace(session, config=change.index.store_config(dict(configs)))
@@ -544,3 +571,8 @@ class TrainingCache:
         record = self.save(state, **{**found, **described})
         assert record is not None  # noqa: S101 - only `if_improved` gives None
         return record
+
+
+def _call(function: Callable[[Mapping[str, str]], None] | None, evicted: Mapping[str, str]) -> None:
+    if function is not None:
+        function(evicted)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptcache.catalog import Catalog
 from ckptcache.config import CacheConfig
-from ckptcache.errors import CkptCacheError, IndexDamaged
+from ckptcache.errors import CheckpointDamaged, CkptCacheError, IndexDamaged
 from ckptcache.ledger import Ledger
 from ckptcache.storage import fs
 from ckptcache.storage.datacache import DataCache
@@ -21,6 +21,11 @@ from ckptcache.storage.reconcile import (
     quarantine,
     read_sidecar,
     sidecar_bytes,
+)
+
+_ELSEWHERE = (
+    "it belongs to another machine, or has just been made, and is left alone; once that machine is gone, "
+    "delete its file in sessions/ by hand"
 )
 
 
@@ -54,7 +59,7 @@ class Finding:
     """Something that a checkup found."""
 
     kind: str
-    """index | sidecar | missing | damaged | unrecorded | adopted | leftover | lease | name"""
+    """index | sidecar | missing | damaged | unreadable | unrecorded | adopted | leftover | lease | name"""
     subject: str
     message: str
     is_damage: bool
@@ -125,7 +130,10 @@ def examine(
     if not repair or not found.findings:
         return found.findings
     _repair(ledger, found)
-    left = {(f.kind, f.subject) for f in _look(ledger, verify=False).findings}
+    after = _look(ledger, verify=False)
+    left = {(f.kind, f.subject) for f in after.findings}
+    # These two can't be seen without reading: what still counts as available wasn't put right.
+    left |= {(kind, id) for kind in ("damaged", "unreadable") for id in after.observed.available}
     return [dataclasses.replace(f, repaired=(f.kind, f.subject) not in left) for f in found.findings]
 
 
@@ -167,8 +175,9 @@ def _of_index(ledger: Ledger, opened: Opened) -> Iterator[Finding]:
 
 
 def _of_records(index: Index, observed: Observed) -> Iterator[Finding]:
+    # Missing isn't broken: whoever clones a repository has the index, and no file.
     for id, reason in observed.missing.items():
-        yield Finding("missing", id, f"{reason}; its record is kept", True)
+        yield Finding("missing", id, f"{reason}; its record is kept", False)
     for id, reason in observed.damaged.items():
         yield Finding("damaged", id, reason, True)
     for id, path in observed.unrecorded.items():
@@ -185,8 +194,7 @@ def _of_records(index: Index, observed: Observed) -> Iterator[Finding]:
 def _of_leases(ledger: Ledger) -> Iterator[Finding]:
     for owner, state in leases(ledger.layout).items():
         if state != "live":
-            what = "its process is dead" if state == "dead" else "it belongs to another machine, or an earlier boot"
-            yield Finding("lease", owner, what, False)
+            yield Finding("lease", owner, "its process is dead" if state == "dead" else _ELSEWHERE, False)
 
 
 def _sidecar_faults(ledger: Ledger, observed: Observed) -> dict[str, tuple[str, bool]]:
@@ -214,9 +222,12 @@ def _of_contents(
             ptfile.verify(ledger.layout.locate(id), size=record.size, digest=record.digest)
         except FileNotFoundError:
             pass  # evicted since it was listed
-        except CkptCacheError as error:
+        except CheckpointDamaged as error:
             observed.damaged[id] = str(error.fields["reason"])
             findings.append(Finding("damaged", id, observed.damaged[id], True))
+        except CkptCacheError as error:
+            # A permission, or too many open files, says nothing of what is in it.
+            findings.append(Finding("unreadable", id, f"it can't be verified ({error.fields['reason']})", False))
         done += size
         if progress is not None:
             progress(done, total)
@@ -227,8 +238,8 @@ def _repair(ledger: Ledger, found: _Found) -> None:
     if found.is_hopeless:
         with ledger.file.held():
             ledger.set_aside_index()
-    for id, reason in found.observed.damaged.items():
-        ledger.quarantine(id, reason)
+        found = _look(ledger, verify=False)
+    _quarantine_damaged(ledger, found.observed.damaged)
     if found.observed.unrecorded:
         from ckptcache.adoption import learn
 
@@ -240,3 +251,17 @@ def _repair(ledger: Ledger, found: _Found) -> None:
         for id in (set(found.sidecars) | found.observed.unrecorded.keys()) & change.observed.available.keys():
             data = sidecar_bytes(change.index.checkpoints[id], change.index)
             fs.write_atomically(ledger.layout.sidecar(id), data, writer=ledger.writer)
+
+
+def _quarantine_damaged(ledger: Ledger, suspects: Collection[str]) -> None:
+    """Verify again before anything is taken away: a look may have met a file on its way in or out."""
+    from ckptcache.storage import ptfile
+
+    records = ledger.view().index.checkpoints if suspects else {}
+    for record in (records[id] for id in suspects if id in records):
+        try:
+            ptfile.verify(ledger.layout.locate(record.id), size=record.size, digest=record.digest)
+        except CheckpointDamaged as error:
+            ledger.quarantine(record.id, str(error.fields["reason"]))
+        except (CkptCacheError, FileNotFoundError):
+            pass  # it may not be read just now, or another process was first

@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ckptcache.startup import is_fallback
 from ckptcache.trainer import CachedTrainer, Callback
 
 _REFRESH = 0.25
@@ -33,7 +34,7 @@ class TrainingDisplay(Callback):
 
     def on_start(self, trainer: CachedTrainer) -> None:
         """Say what was found and chosen; begin the bar, where there is a terminal and something to do."""
-        for line in trainer.session.messages:
+        for line in () if is_fallback() else trainer.session.messages:
             self.console.print(line, style="dim" if line.startswith("  ") else None, markup=False, soft_wrap=True)
         if trainer.session.is_comparable and trainer.resumed_from is not None:
             self._best = _finite_or(trainer.resumed_from.val_loss, math.inf)

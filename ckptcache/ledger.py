@@ -116,14 +116,23 @@ class Ledger:
                     stack.enter_context(self.file.held())
             yield
 
-    def live_sessions(self, index: Index) -> set[str]:
-        """Sessions that run, as far as can be known: one of another machine counts until it has ended."""
-        live = set()
+    def sessions_by_lease(self, index: Index) -> dict[fs.LeaseState, set[str]]:
+        """Ids of the sessions that have a lease, by its state."""
+        found: dict[fs.LeaseState, set[str]] = {"live": set(), "dead": set(), "unknown": set()}
         for owner, state in leases(self.layout).items():
-            session = index.sessions.get(owner)
-            if session is not None and (state == "live" or (state == "unknown" and session.stop_reason is None)):
-                live.add(owner)
-        return live
+            if owner in index.sessions:
+                found[state].add(owner)
+        return found
+
+    def live_sessions(self, index: Index) -> set[str]:
+        """Sessions to protect as running: those that do, and the newest of other machines that hasn't ended.
+
+        Only the newest, since a lease from a machine that is gone is never given back, and would protect for ever.
+        """
+        held = self.sessions_by_lease(index)
+        elsewhere = [s for id in held["unknown"] if (s := index.sessions[id]).stop_reason is None]
+        newest = sorted(elsewhere, key=lambda session: session.order)[-1:]
+        return held["live"] | {session.id for session in newest}
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -135,6 +144,9 @@ class Ledger:
             CacheDirNotWritable: the folder refuses.
             LockTimeout: another process keeps the lock.
         """
+        for folder in self.layout.linked_folders():
+            reason = "it is a link, and nothing outside the cache is ever removed; put the whole cache there instead"
+            raise CacheDirNotWritable(path=folder, reason=reason)
         try:
             with self.file.held():
                 opened = open_index(self.file, self.layout)
@@ -148,6 +160,12 @@ class Ledger:
         except OSError as error:
             raise CacheDirNotWritable(path=self.layout.root, reason=fs.reason_of(error)) from error
 
+    def _remove_evicted(self, id: str) -> None:
+        try:
+            remove_checkpoint(self.layout, id)
+        except ValueError as error:
+            raise CacheDirNotWritable(path=self.layout.checkpoints, reason="it was linked elsewhere") from error
+
     def _tidy_once(self, observed: Observed) -> None:
         if not self._is_tidy:
             self._is_tidy = True
@@ -155,11 +173,10 @@ class Ledger:
                 log.info("removed %s, which a crash had left behind", path)
 
     def tidy_thoroughly(self) -> None:
-        """Adopt, remove the leases of the dead and of other machines, and clean up what those left behind."""
-        with self.change():
-            for owner, state in leases(self.layout).items():
-                if state == "unknown":  # the dead are removed by every tidying
-                    fs.remove(self.layout.lease(owner), root=self.layout.root)
+        """Adopt, and clean up what the dead left behind, even if this process has done so before.
+
+        Leases of other machines stay, and with them what their writers are at: on a shared file system they may live.
+        """
         self._is_tidy = False
         with self.change():
             pass
@@ -187,7 +204,7 @@ class Ledger:
         # Until all are gone, they are leftovers for the next change to remove.
         self._is_tidy = False
         for id in decided:
-            remove_checkpoint(self.layout, id)
+            self._remove_evicted(id)
         self._is_tidy = True
 
     def quarantine(self, id: str, reason: str) -> None:
@@ -202,7 +219,7 @@ class Ledger:
                 change.put(record.changed(decision="quarantined", decision_reason=reason))
                 change.commit()
             quarantine(path, self.layout, reason=reason)
-            fs.remove(self.layout.sidecar(id), root=self.layout.root)
+            self.layout.remove(self.layout.sidecar(id))
             self._is_tidy = True
 
     # --- who writes ------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """From which checkpoints a run may resume, in which order: a pure choice over the catalogue."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,14 @@ class Choice:
     """Those that would have come before `records`, and whose files are gone."""
 
 
-def choose(catalog: Catalog, needed: Description, resume: str, *, live: set[str]) -> Choice:
+def choose(
+    catalog: Catalog, needed: Description, resume: str, *, live: Collection[str], elsewhere: Collection[str] = ()
+) -> Choice:
     """The checkpoints to try under the policy `resume`: best, latest, auto, never, or an id or name.
+
+    Args:
+        live: sessions that run, which "auto" leaves alone.
+        elsewhere: sessions of other machines, of which nothing more can be known from here.
 
     Raises:
         CheckpointNotFound, AmbiguousId: `resume` names none, or several.
@@ -49,9 +55,18 @@ def choose(catalog: Catalog, needed: Description, resume: str, *, live: set[str]
         session = _interrupted(catalog, eligible, live)
         if session is not None:
             own = [r for r in by_age if r.session == session.id]
-            note = f"session {session.id} was cut short ({session.stop_reason or 'killed'}); it goes on from its latest"
+            note = _goes_on(session, is_elsewhere=session.id in elsewhere)
             return Choice([*own, *(r for r in eligible if r.session != session.id)], notes=(note,))
     return Choice(eligible, notes=_passed_by(catalog, eligible), **_lost(explanations, eligible, _quality))
+
+
+def _goes_on(session: SessionRecord, *, is_elsewhere: bool) -> str:
+    if is_elsewhere and session.stop_reason is None:
+        return (
+            f"session {session.id} ran on another machine, where it may still run, and has not ended; "
+            f"it is taken for cut short, and goes on from its latest"
+        )
+    return f"session {session.id} was cut short ({session.stop_reason or 'killed'}); it goes on from its latest"
 
 
 def _lost(
@@ -83,7 +98,7 @@ def _named(catalog: Catalog, needed: Description, wanted: str) -> Choice:
     return Choice([record], is_named=True)
 
 
-def _interrupted(catalog: Catalog, eligible: list[CheckpointMetadata], live: set[str]) -> SessionRecord | None:
+def _interrupted(catalog: Catalog, eligible: list[CheckpointMetadata], live: Collection[str]) -> SessionRecord | None:
     """The newest session that left a checkpoint that fits, if it was cut short."""
     sessions = {r.session for r in eligible if r.session is not None}
     known = [catalog.index.sessions[id] for id in sessions if id in catalog.index.sessions]

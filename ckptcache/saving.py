@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import torch
@@ -16,16 +16,18 @@ from ckptcache.catalog import Catalog
 from ckptcache.environment import environment
 from ckptcache.errors import CkptCacheError, InvalidValue, NoSpace, NotSavable, SaveFailed
 from ckptcache.ledger import Change, Ledger
-from ckptcache.metadata import CheckpointMetadata, SessionRecord, new_checkpoint_id, utc_now
+from ckptcache.metadata import CheckpointMetadata, SaveReason, SessionRecord, check_id, new_checkpoint_id, utc_now
 from ckptcache.policy import quality, retention
 from ckptcache.policy.compatibility import Description, architecture_key
 from ckptcache.state.capture import Captured, capture, walk
+from ckptcache.state.restore import RNG
+from ckptcache.state.rng import is_rng_state
 from ckptcache.state.staging import snapshot
 from ckptcache.storage import fs, ptfile
 from ckptcache.storage.index import Index
 from ckptcache.storage.publish import Publication
 from ckptcache.storage.reconcile import Observed, sidecar_bytes
-from ckptcache.values import as_float, jsonable, text, texts
+from ckptcache.values import as_float, plain_config, text, texts
 
 log = logging.getLogger("ckptcache")
 _OVERHEAD = 1 << 20
@@ -67,6 +69,9 @@ class Saver:
         """Capture and describe; raises NotSavable or InvalidValue before anything is written."""
         if isinstance(state, Mapping) and ptfile.HEADER in state:
             raise NotSavable(key=ptfile.HEADER, kind="named like the file's own header", remedy="give it another name")
+        if isinstance(state, Mapping) and RNG in state and not is_rng_state(state[RNG]):
+            kind = "named like the part for the global generators"
+            raise NotSavable(key=RNG, kind=kind, remedy="give it another name, or save what capture_rng() gives")
         captured = capture(state)
         piece = Index()
         names: dict[str, Any] = {
@@ -141,8 +146,12 @@ class Saver:
             with _as_save_failed(id, layout.checkpoints):
                 publication = Publication(layout, id, self._ledger.writer)
                 own = publication.file.path.name
-                if not any(name.startswith(f"{id}.") and name != own for name in fs.scan(layout.checkpoints)):
-                    return draft, publication
+                try:
+                    if not any(name.startswith(f"{id}.") and name != own for name in fs.scan(layout.checkpoints)):
+                        return draft, publication
+                except BaseException:
+                    _withdraw(publication)
+                    raise
                 publication.withdraw()
             record = dataclasses.replace(draft.record, id=new_checkpoint_id(draft.record.iteration, draft.architecture))
             draft = dataclasses.replace(draft, record=record)
@@ -230,8 +239,8 @@ class Saver:
         self._on_evicted(plan.evicted)
         try:
             self._ledger.remove_files(plan.evicted)
-        except OSError as error:
-            log.warning("%s was saved; removing what was evicted failed: %s", record.id, fs.reason_of(error))
+        except (OSError, CkptCacheError) as error:
+            log.warning("%s was saved; removing what was evicted failed: %s", record.id, fs.reason_behind(error))
 
 
 # --- pieces --------------------------------------------------------------------------------------
@@ -263,7 +272,10 @@ def _measured(given: Mapping[str, Any], captured: Captured) -> dict[str, Any]:
         "last_val_loss_iteration": None
         if given["last_val_loss_iteration"] is None
         else _iteration(given["last_val_loss_iteration"], "last_val_loss_iteration"),
-        "metrics": {str(name): as_float(value, f"metrics.{name}") for name, value in given["metrics"].items()},
+        "metrics": {
+            text(str(name), "a name in metrics"): as_float(value, f"metrics.{name}")
+            for name, value in given["metrics"].items()
+        },
         "learning_rate": _rates(given["learning_rate"]) or captured.learning_rate,
     }
 
@@ -280,7 +292,7 @@ def _iteration(value: Any, name: str = "iteration") -> int:
 
 
 def _config(value: Any, name: str) -> Mapping[str, Any]:
-    plain = jsonable(value, name)
+    plain = plain_config(value, name)
     if not isinstance(plain, dict):
         raise InvalidValue(name=name, value=value, reason="it must be a mapping, a dataclass or a namespace")
     return plain
@@ -291,10 +303,17 @@ def _described(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **given,
         "tags": texts(given["tags"], "tags"),
-        "parents": texts(given["parents"], "parents"),
+        "parents": tuple(check_id(parent) for parent in texts(given["parents"], "parents")),
         "notes": text(given["notes"], "notes"),
-        "save_reason": text(given["save_reason"], "save_reason"),
+        "save_reason": _reason(given["save_reason"]),
     }
+
+
+def _reason(given: Any) -> str:
+    known = get_args(SaveReason)
+    if given not in known:
+        raise InvalidValue(name="save_reason", value=given, reason=f"it must be one of {', '.join(known)}")
+    return str(given)
 
 
 def _rates(given: float | Iterable[float] | None) -> tuple[float, ...]:

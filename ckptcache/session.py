@@ -31,17 +31,18 @@ from ckptcache.errors import (
 )
 from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord, new_session_id, utc_now
 from ckptcache.signals import SignalWatch
-from ckptcache.startup import Startup, avoid_repeating, start
+from ckptcache.startup import Startup, announce, avoid_repeating, be_heard, reseed_object, start
 from ckptcache.state.capture import capture
-from ckptcache.state.restore import RNG, apply
-from ckptcache.state.rng import capture_rng
+from ckptcache.state.restore import RNG, apply, check_fillable
+from ckptcache.state.rng import capture_rng, derived_seed
 from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
 from ckptcache.storage.ptfile import HEADER
 from ckptcache.tally import Tally, summary_of
-from ckptcache.values import jsonable
+from ckptcache.values import plain_config
 
 log = logging.getLogger("ckptcache")
+_STOP_REASONS = ("finished", "max_seconds", "signal", "diverged", "error")
 SUMMARY_NAME = "training_summary.json"
 _SURVIVABLE = (
     *(SaveFailed, CacheDirNotWritable, CacheDirIsFile, LockTimeout),
@@ -75,6 +76,7 @@ class TrainingSession:
 
     Raises (at entry):
         NotSavable: an object could be saved and never be read back; it is named.
+        InvalidValue: an object can't be changed in place, such as a number, and so never be restored.
         CacheDirNotWritable, IndexDamaged, IndexTooNew: the cache can't be used.
         CheckpointNotFound, CheckpointMissing, Incompatible, ...: what `resume` names can't be restored.
     """
@@ -104,7 +106,7 @@ class TrainingSession:
         self.cache = cache
         self.id = new_session_id()
         self.configs: dict[str, Any] = {
-            name: None if value is None else jsonable(value, name) for name, value in configs.items()
+            name: None if value is None else plain_config(value, name) for name, value in configs.items()
         }
         self.resume = resume
         self.seed = seed
@@ -180,7 +182,9 @@ class TrainingSession:
         if self._state != "new":
             raise SessionClosed(session=self.id)
         self._clock = time.monotonic()
+        be_heard()
         capture(self._objects)  # what can't be saved is refused now, and not after hours
+        check_fillable(self._objects)
         if self.resume not in RESERVED_NAMES:
             self.cache.choose(self.cache.needed(self._objects, **self._needed()), self.resume)
         self.cache.ledger.hold(self.id)
@@ -190,6 +194,7 @@ class TrainingSession:
             self.cache.ledger.release(self.id)
             raise
         self._state = "open"
+        announce(self._startup, self.cache.last_warned)
         return self
 
     def _start(self) -> None:
@@ -247,7 +252,7 @@ class TrainingSession:
         try:
             self._save("final")
         except CkptCacheError:
-            self._tally.failed()
+            self._tally.failed(self.iteration)
             self._stop_reason = "error"
             raise
 
@@ -310,15 +315,18 @@ class TrainingSession:
     def register(self, name: str, value: Any) -> None:
         """Save `value` from now on under `name`; if the session resumed and the checkpoint holds it, it is restored.
 
-        Raises DuplicateName, NotSavable or NotRestorable; `value` is then not registered.
+        Raises DuplicateName, NotSavable, InvalidValue or NotRestorable; `value` is then not registered.
         """
         self._check_open()
         self._check_name(name)
         capture({name: value})
+        check_fillable({name: value})
         state = dict(self._startup.state)
         if name in state and self._startup.record is not None:
             apply({name: value}, {name: state.pop(name)}, id=self._startup.record.id, rng=False)
             self._startup = dataclasses.replace(self._startup, state=state)
+        if self._startup.reseeded:
+            reseed_object(name, value, derived_seed(self.seed, self.id))
         self._add(name, value)
         self._counter.watch([value])
 
@@ -394,7 +402,13 @@ class TrainingSession:
         return self._stop_reason is not None
 
     def stop(self, reason: str = "finished") -> None:
-        """End `steps` after this iteration."""
+        """End `steps` after this iteration.
+
+        Args:
+            reason: finished, max_seconds, signal, diverged or error; InvalidValue for another.
+        """
+        if reason not in _STOP_REASONS:
+            raise InvalidValue(name="reason", value=reason, reason=f"it must be one of {', '.join(_STOP_REASONS)}")
         self._stop_reason = reason
 
     def log(self, **values: Any) -> None:
@@ -415,11 +429,14 @@ class TrainingSession:
         *,
         epoch: float | None = None,
         save_reason: str = "manual",
-        **extra: Any,
+        extra: Mapping[str, Any] | None = None,
     ) -> CheckpointMetadata | None:
         """Offer a checkpoint. With `val_loss`, it is saved if it improved; without, always.
 
         An ordinary failed save is reported, counted and survived.
+
+        Args:
+            extra: the user's own metadata, anything that JSON can hold.
 
         Returns the record; None where it was not saved.
         """
@@ -447,7 +464,7 @@ class TrainingSession:
             return None
 
     def _survive(self, error: CkptCacheError) -> None:
-        self._tally.failed()
+        self._tally.failed(self.iteration)
         log.error("a checkpoint could not be saved, and training goes on: %s", error)
 
     def _save(

@@ -1,6 +1,8 @@
 """How a session starts: from which checkpoint, or fresh, with every reason said."""
 
 import dataclasses
+import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,8 +12,10 @@ from ckptcache.cache import TrainingCache
 from ckptcache.catalog import Catalog, Explanation
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
 from ckptcache.resume import why_not
+from ckptcache.state.capture import walk
 from ckptcache.state.rng import derived_seed, reseed_generator, seed_everything
 
+log = logging.getLogger("ckptcache")
 _REASONS = 3
 """How many reasons for passing over checkpoints are told beside the one that was resumed from."""
 _REJECTED = 10
@@ -39,6 +43,38 @@ class Startup:
         return 0 if self.record is None else self.record.iteration
 
 
+class _Fallback(logging.Handler):
+    """Plain lines on stderr, for as long as the program has no handler of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers and sys.stderr is not None:
+            try:
+                sys.stderr.write(f"{record.getMessage()}\n")
+            except (OSError, ValueError):
+                self.handleError(record)
+
+
+def is_fallback() -> bool:
+    """Whether what is logged is shown on stderr for want of any handler."""
+    return not logging.getLogger().handlers and any(isinstance(handler, _Fallback) for handler in log.handlers)
+
+
+def be_heard() -> None:
+    """Let what sessions log be seen, where the program has set up no logging; once per process."""
+    if not log.handlers and not logging.getLogger().handlers:
+        log.addHandler(_Fallback(logging.INFO))
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)
+
+
+def announce(startup: Startup, said: Iterable[str] = ()) -> None:
+    """Log what was found and chosen, but for what was `said` as a warning already."""
+    known = set(said)
+    for line in startup.messages:
+        if line not in known:
+            log.info("%s", line)
+
+
 def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any], *, resume: str) -> Startup:
     """Restore what the policy `resume` chooses into `objects`; a fresh start leaves them as they are.
 
@@ -51,7 +87,7 @@ def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str,
     found = _found(catalog)
     explanations = [] if resume == "never" else catalog.explain(description)
     if restored is None:
-        return Startup(messages=(found, *_why_fresh(explanations, resume)))
+        return Startup(messages=(found, *cache.last_notes, *_why_fresh(explanations, resume)))
     record = restored.record
     lines = [found, _resumed(record, explanations, resume), *restored.notes, *_passed_over(explanations)]
     is_comparable = catalog.judge(record, description).comparable
@@ -97,11 +133,24 @@ def _reseed(objects: Mapping[str, Any], seed: int, why: str) -> list[str]:
     seed_everything(seed)
     lines = [f"reseeded, so that other batches come: {why} (resume=latest or an id repeats exactly)"]
     for name, value in objects.items():
-        if callable(reseed := getattr(value, "reseed", None)):
-            reseed(seed)
-        elif not reseed_generator(value, derived_seed(seed, name)) and name == "loader":
+        if not reseed_object(name, value, seed) and name == "loader":
             lines.append("the loader has no reseed(seed): it goes on where the checkpoint left it")
     return lines
+
+
+def reseed_object(name: str, value: Any, seed: int) -> bool:
+    """Begin anew what draws at random in a registered object; False where nothing does that can be told to.
+
+    Each generator gets a seed of its own name, or two of them would draw the same.
+    """
+    found = False
+    for path, leaf in walk({name: value}):
+        if callable(reseed := getattr(leaf, "reseed", None)):
+            reseed(seed)
+            found = True
+        else:
+            found |= reseed_generator(leaf, derived_seed(seed, path))
+    return found
 
 
 def _found(catalog: Catalog) -> str:

@@ -27,6 +27,7 @@ class Tally:
         """Iteration of the last save."""
         self.evaluated_at: int | None = None
         """Iteration of the last evaluation of this session that gave a loss."""
+        self._failed_at: int | None = None
         self._measured_at: int | None = None
         self._metrics: dict[str, float] = {}
         self._last_loss = _last_loss(parent)
@@ -79,8 +80,11 @@ class Tally:
             self._best_saved = loss
             self._change(best_checkpoint=id)
 
-    def failed(self) -> None:
-        """Note a save that failed."""
+    def failed(self, iteration: int) -> None:
+        """Note that saving failed at `iteration`, however many reasons there were to try it there."""
+        if iteration == self._failed_at:
+            return
+        self._failed_at = iteration
         self._change(failed_saves=self.record.failed_saves + 1)
 
     def _change(self, **fields: Any) -> None:

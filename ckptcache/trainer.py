@@ -104,6 +104,8 @@ class CachedTrainer:
             **session_options,
         )
         self.session.__enter__()
+        if self.resumed_from is not None and not hasattr(batches, "state_dict"):
+            log.warning("the batches have no state_dict: they begin anew")
         self._stream = _endless(batches)
 
     # --- what it found ---------------------------------------------------------------------------

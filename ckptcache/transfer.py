@@ -91,7 +91,8 @@ def read_foreign(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises CheckpointMissing, NotACheckpoint, UnsafeCheckpoint or CheckpointDamaged.
     """
-    from ckptcache.state.restore import from_plain
+    from ckptcache.state.restore import RNG, from_plain
+    from ckptcache.state.rng import is_rng_state
     from ckptcache.storage import ptfile
 
     try:
@@ -108,7 +109,10 @@ def read_foreign(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in _TAKEN_FROM_FILE:
         if name in source and _is_usable(name, source[name]):
             described[name] = source[name]
-    return {key: from_plain(value) for key, value in content.state.items()}, described
+    state = {key: from_plain(value) for key, value in content.state.items()}
+    if RNG in state and not is_rng_state(state[RNG]):
+        state[f"{RNG}_state"] = state.pop(RNG)  # elsewhere the name means something else
+    return state, described
 
 
 def _own_record(document: Mapping[str, Any]) -> dict[str, Any]:

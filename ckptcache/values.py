@@ -16,6 +16,8 @@ from blake3 import blake3
 from ckptcache.errors import InvalidValue
 
 MAX_JSON_DEPTH = 64
+MAX_CONFIG_DEPTH = MAX_JSON_DEPTH - 2
+"""A session's configurations are kept together in one mapping, which must be readable too."""
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -24,14 +26,14 @@ def content_hash(value: Any) -> str:
     return blake3(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def jsonable(value: Any, key: str = "value", depth: int = 0) -> Any:
+def jsonable(value: Any, key: str = "value", depth: int = 0, *, limit: int = MAX_JSON_DEPTH) -> Any:
     """`value` as JSON can hold it: dataclasses, namespaces, tuples, paths and NumPy scalars converted.
 
     Raises:
         InvalidValue: something in it has no JSON form, or is nested too deeply; its key is named.
     """
-    if depth > MAX_JSON_DEPTH:
-        raise InvalidValue(name=key, value="...", reason=f"it is nested more than {MAX_JSON_DEPTH} deep")
+    if depth > limit:
+        raise InvalidValue(name=key, value="...", reason=f"it is nested more than {limit} deep")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -43,11 +45,18 @@ def jsonable(value: Any, key: str = "value", depth: int = 0) -> Any:
     elif isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {str(k): jsonable(v, f"{key}.{k}", depth + 1) for k, v in value.items()}
+        names = [_plain_text(str(name), f"a key of {key}") for name in value]
+        inner = zip(names, value.values(), strict=True)
+        return {name: jsonable(item, f"{key}.{name}", depth + 1, limit=limit) for name, item in inner}
     if isinstance(value, list | tuple | set | frozenset):
         items = _sorted(value) if isinstance(value, set | frozenset) else value
-        return [jsonable(v, f"{key}[{i}]", depth + 1) for i, v in enumerate(items)]
-    return _converted(value, key, depth)
+        return [jsonable(v, f"{key}[{i}]", depth + 1, limit=limit) for i, v in enumerate(items)]
+    return _converted(value, key, depth, limit)
+
+
+def plain_config(value: Any, name: str) -> Any:
+    """A configuration as JSON can hold it, alone and among a session's; raises InvalidValue like `jsonable`."""
+    return jsonable(value, name, limit=MAX_CONFIG_DEPTH)
 
 
 def _plain_text(value: str, key: str) -> str:
@@ -74,12 +83,12 @@ def _sorted(values: Iterable[Any]) -> list[Any]:
     return sorted(items, key=None if alike else repr)
 
 
-def _converted(value: Any, key: str, depth: int) -> Any:
+def _converted(value: Any, key: str, depth: int, limit: int) -> Any:
     if isinstance(value, os.PathLike):
-        return jsonable(os.fspath(value), key, depth + 1)
+        return jsonable(os.fspath(value), key, depth + 1, limit=limit)
     if callable(item := getattr(value, "item", None)):
         if _element_count(value) == 1:
-            return jsonable(item(), key, depth + 1)
+            return jsonable(item(), key, depth + 1, limit=limit)
     elif type(value).__module__ == "torch":
         return str(value)  # a dtype, a device, a layout
     raise InvalidValue(
@@ -124,10 +133,10 @@ def as_float(value: Any, name: str) -> float:
 
 
 def text(value: Any, name: str) -> str:
-    """`value`, or InvalidValue when it isn't text."""
+    """`value`, or InvalidValue when it isn't text that UTF-8 can hold."""
     if not isinstance(value, str):
         raise InvalidValue(name=name, value=value, reason="it must be text")
-    return str(value)
+    return _plain_text(value, name)
 
 
 def texts(values: Any, name: str) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ import torch
 from ckptcache import TrainingCache
 from ckptcache.adoption import learn
 from ckptcache.metadata import SCHEMA_VERSION
+from ckptcache.storage import ptfile
 from ckptcache.storage.fs import TempFile
-from tests.caches import CONFIG, Training, as_nobody, flip, ids, let_in, listing, same, save
+from tests.caches import CONFIG, Training, as_nobody, flip, ids, let_in, listing, same, save, tiny
 
 OLD = {"oldest_0001": (100, 3.0), "oldest_0002": (200, 1.0), "oldest_0003": (300, 2.0)}
 DATA = {"dataset": "text", "batch_size": 8}
@@ -208,6 +209,44 @@ def test_a_file_dropped_among_the_checkpoints_is_taken_up_by_a_restore(tmp_path)
     assert same(dict(other.model.state_dict()), dict(training.model.state_dict()))
     assert cache.get("given").tags == ("adopted",)
     assert cache.get("given").val_loss is None
+
+
+def test_what_was_adopted_is_the_users_own_and_no_limit_deletes_it(tmp_path):
+    cache = TrainingCache(tmp_path / "c", max_checkpoints=1, keep_latest=0)
+    save(cache, 9.0)
+    torch.save(Training(seed=1).model.state_dict(), tmp_path / "c" / "checkpoints" / "given.pt")
+    cache.doctor(repair=True)
+    assert cache.get("given").pinned
+    for loss in (3.0, 2.0, 1.0):
+        save(cache, loss)
+    assert (tmp_path / "c" / "checkpoints" / "given.pt").exists()
+
+
+def test_a_file_of_a_newer_version_is_passed_over_and_the_others_are_restored_from(tmp_path, caplog):
+    cache, other = TrainingCache(tmp_path / "c"), TrainingCache(tmp_path / "newer")
+    record, newer = save(cache, 2.0), save(other, 1.0)
+    content = torch.load(tmp_path / "newer" / "checkpoints" / f"{newer.id}.pt", weights_only=True)
+    content["ckptcache"]["record"]["schema_version"] = SCHEMA_VERSION + 1
+    path = tmp_path / "c" / "checkpoints" / f"{newer.id}.pt"
+    torch.save(content, path)
+    assert cache.restore(tiny()).record.id == record.id
+    assert f"{newer.id} is passed over" in caplog.text
+    assert path.exists()
+
+
+def test_a_pin_made_while_a_file_is_read_stays(oldest, monkeypatch):
+    root, _ = oldest
+    cache, read = TrainingCache(root), ptfile.read
+
+    def pin_and_read(path, **known):
+        if path.stem == "oldest_0001":
+            TrainingCache(root).pin(path.stem)
+        return read(path, **known)
+
+    monkeypatch.setattr(ptfile, "read", pin_and_read)
+    learn(cache.ledger, list(OLD), [])
+    assert cache.get("oldest_0001").pinned
+    assert all(cache.get(id).digest and cache.get(id).fingerprint for id in OLD)
 
 
 def test_what_a_writer_is_about_to_commit_is_not_taken_for_a_file_without_a_record(tmp_path, monkeypatch):

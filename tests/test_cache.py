@@ -20,15 +20,24 @@ from ckptcache.errors import (
     ConfigError,
     IndexDamaged,
     IndexTooNew,
+    InvalidId,
     InvalidName,
     InvalidValue,
     NotSavable,
 )
 from ckptcache.ledger import FULL_CURVES, SHORT_CURVE
 from ckptcache.metadata import SessionRecord
+from ckptcache.values import MAX_CONFIG_DEPTH, MAX_JSON_DEPTH
 from tests.caches import CONFIG, Training, as_nobody, file_of, ids, kinds, let_in, listing, save, tiny
 
 NAN, INF = math.nan, math.inf
+
+
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 @pytest.fixture
@@ -353,6 +362,9 @@ def test_a_state_dict_of_the_users_own_is_refused_by_the_key_inside_it(tmp_path)
         {"notes": 5},
         {"parents": [None]},
         {"save_reason": None},
+        {"save_reason": "because"},
+        {"notes": "\ud800"},
+        {"tags": ["\ud800"]},
         {"extra": {"f": object()}},
         {"extra": {"n": 2**70}},
         {"model_config": "gpt2"},
@@ -370,6 +382,46 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(tmp_path, given):
     name = next(iter(given))
     assert str(caught.value).startswith(name)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"extra": {"a": {"\ud800": 1}}}, "a key of extra.a"),
+        ({"model_config": {"\ud800": 1}}, "a key of model_config"),
+        ({"metrics": {"\ud800": 1.0}}, "a name in metrics"),
+        ({"model_config": {"deep": deep(MAX_CONFIG_DEPTH)}}, f"nested more than {MAX_CONFIG_DEPTH} deep"),
+        ({"parents": ["Not An Id"]}, "'Not An Id' is not a checkpoint id"),
+        ({"save_reason": "because"}, "improved, interval, final, signal, manual, growth"),
+    ],
+    ids=["key of extra", "key of a configuration", "metric", "depth", "parent", "reason"],
+)
+def test_what_would_make_the_index_unreadable_is_refused(tmp_path, given, said):
+    cache = TrainingCache(tmp_path / "c")
+    with pytest.raises((InvalidValue, InvalidId), match=said):
+        cache.save(tiny(), **{"iteration": 1, **given})
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        SessionRecord(id="My Run"),
+        SessionRecord(id="s", parent="Not An Id"),
+        SessionRecord(id="s", start_iteration=-1),
+        SessionRecord(id="s", stop_reason=5),
+        SessionRecord(id="s", environment={"deep": deep(MAX_JSON_DEPTH + 1)}),
+    ],
+    ids=["id", "parent", "count", "text", "depth"],
+)
+def test_a_session_that_could_not_be_read_again_is_refused_and_the_index_stays(tmp_path, session):
+    cache = TrainingCache(tmp_path / "c")
+    save(cache, 1.0)
+    before = (tmp_path / "c" / "metadata.json").read_bytes()
+    with pytest.raises((InvalidValue, InvalidId)):
+        cache.record_session(session)
+    assert (tmp_path / "c" / "metadata.json").read_bytes() == before
+    assert len(TrainingCache(tmp_path / "c").checkpoints()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from ckptcache import TrainingCache
 from ckptcache.errors import IndexDamaged
+from ckptcache.storage import ptfile
 from tests.caches import as_nobody, file_of, flip, ids, kinds, let_in, listing, save, tiny
 from tests.faults import run_child
 
@@ -56,16 +58,6 @@ def leave_a_lease(cache: TrainingCache) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert run_child(child) == -signal.SIGKILL
-
-
-def leave_an_old_lease(cache: TrainingCache) -> None:
-    lease = {"host": "elsewhere", "boot_id": "another", "pid": 1}
-    (cache.cache_dir / "sessions" / "sess_other.lock").write_bytes(orjson.dumps(lease))
-
-
-def leave_a_file_of_another_boot(cache: TrainingCache) -> None:
-    leave_an_old_lease(cache)
-    (cache.cache_dir / "checkpoints" / "x.pt.sess_other.tmp").write_bytes(b"half")
 
 
 def put(cache: TrainingCache, name: str, data: bytes = b"half") -> None:
@@ -118,8 +110,6 @@ FAULTS = {
     "half a reason": (lambda c: put(c, "quarantine/x.pt.reason.txt.00ff.tmp"), ["leftover"]),
     "an evicted file that came back": (evicted_file_comes_back, ["leftover", "leftover"]),
     "a dead lease": (leave_a_lease, ["lease"]),
-    "a lease of elsewhere": (leave_an_old_lease, ["lease"]),
-    "half a file of elsewhere": (leave_a_file_of_another_boot, ["lease"]),
 }
 
 
@@ -168,9 +158,45 @@ def test_what_cannot_be_mended_is_said_each_time_and_nothing_else(cache):
     assert kinds(cache) == ["missing", "missing", "name"]
     found = cache.doctor(repair=True)
     assert not any(f.repaired for f in found)
-    assert [f.is_damage for f in found if f.kind == "missing"] == [True, True]
+    assert not any(f.is_damage for f in found), "a clone that holds only the index is whole"
     assert kinds(cache) == ["missing", "missing", "name"]
     assert {second.id, third.id} <= set(ids(cache.checkpoints(everything=True)))
+
+
+def test_what_may_not_be_read_is_no_damage_and_is_left_where_it_is(cache, tmp_path, monkeypatch):
+    best, opened = cache.get("best"), os.open
+
+    def refuse(path, *given, **how):
+        if str(path).endswith(f"{best.id}.pt"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *given, **how)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for repair in (False, True):
+        (found,) = cache.doctor(repair=repair)
+        assert (found.kind, found.subject, found.is_damage, found.repaired) == ("unreadable", best.id, False, False)
+    monkeypatch.undo()
+    assert cache.doctor() == []
+    assert cache.load(best.id)
+
+
+def test_what_was_damaged_only_at_the_first_look_is_not_quarantined(cache, monkeypatch):
+    best, verify, looks = cache.get("best"), ptfile.verify, []
+
+    def verify_once_damaged(path, **known):
+        if path != file_of(cache, best) or looks:
+            return verify(path, **known)
+        looks.append(path)
+        flip(path)
+        try:
+            return verify(path, **known)
+        finally:
+            flip(path)
+
+    monkeypatch.setattr(ptfile, "verify", verify_once_damaged)
+    (found,) = cache.doctor(repair=True)
+    assert (found.kind, found.repaired) == ("damaged", False)
+    assert cache.doctor() == []
 
 
 def test_without_verifying_only_what_can_be_seen_from_outside_is_found(cache):
@@ -240,6 +266,19 @@ def test_a_live_writer_is_left_alone(cache):
     other = TrainingCache(cache.cache_dir)
     assert other.doctor(repair=True) == []
     assert (cache.cache_dir / f"checkpoints/x.pt.{cache.ledger.writer}.tmp").exists()
+
+
+@pytest.mark.parametrize("signature", [{"host": "elsewhere", "boot_id": "another", "pid": 1}, None])
+def test_a_writer_of_another_machine_and_one_that_is_about_to_sign_are_said_and_left_alone(cache, signature):
+    left = {"sessions/sess_other.lock": b"" if signature is None else orjson.dumps(signature)}
+    left["checkpoints/x.pt.sess_other.tmp"] = b"half"
+    for name, data in left.items():
+        put(cache, name, data)
+    for repair in (False, True):
+        (found,) = cache.doctor(repair=repair)
+        assert (found.kind, found.subject, found.is_damage, found.repaired) == ("lease", "sess_other", False, False)
+        assert "by hand" in found.message
+    assert {name: (cache.cache_dir / name).read_bytes() for name in left} == left
 
 
 def test_the_doctor_looks_without_rights_to_write(cache, tmp_path, requires):

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from ckptcache.errors import (
     CheckpointNotFound,
     Incompatible,
     InvalidName,
+    InvalidValue,
     NotRestorable,
     SaveFailed,
 )
@@ -89,6 +91,28 @@ def test_auto_leaves_a_session_alone_that_still_lives(cache):
     assert chosen(cache, "auto") == 1.0
     cache.close()
     assert chosen(cache, "auto") == 12.0
+
+
+def leave_a_lease_of_elsewhere(cache: TrainingCache, session: str) -> None:
+    lease = {"host": "elsewhere", "boot_id": "another", "pid": 1}
+    (cache.cache_dir / "sessions" / f"{session}.lock").write_bytes(orjson.dumps(lease))
+
+
+def test_auto_goes_on_with_a_session_of_another_machine_and_says_what_it_took_it_for(cache):
+    sessions(cache, "finished", None)
+    leave_a_lease_of_elsewhere(cache, "sess_1")
+    (note,) = cache.restore(tiny(), resume="auto").notes
+    assert "sess_1 ran on another machine" in note
+    assert chosen(cache, "auto") == 12.0
+
+
+def test_of_the_sessions_of_other_machines_only_the_newest_is_protected_as_running(cache):
+    sessions(cache, None, None, None)
+    for number in (0, 1):
+        leave_a_lease_of_elsewhere(cache, f"sess_{number}")
+    keeps = TrainingCache(cache.cache_dir, max_checkpoints=1, keep_latest=1).prune(dry_run=True).kept
+    of = {r.id: r.session for r in cache.checkpoints()}
+    assert {of[id] for id, reason in keeps.items() if "live" in reason} == {"sess_1"}
 
 
 def test_auto_falls_back_to_the_best_when_the_interrupted_sessions_own_are_damaged(cache):
@@ -285,7 +309,7 @@ def test_a_restore_that_fails_in_one_object_leaves_all_as_they_were(cache):
             raise RuntimeError("size mismatch, as it were")
 
     saved = Training(seed=1)
-    others = {"z": Small(), "rng": capture_rng(), "bag": {"n": 1}, "generator": torch.Generator()}
+    others = {"z": Small(), "rng": capture_rng(), "bag": {"n": 1, "t": torch.zeros(2)}, "generator": torch.Generator()}
     others["nested"] = {"inner": {"opt": torch.optim.SGD(others["z"].parameters(), lr=0.1)}, "list": [torch.zeros(2)]}
     record = cache.save({**saved.objects, **others}, iteration=1)
     training, bag = Training(seed=2), {"n": 5, "list": [1], "t": torch.ones(2)}
@@ -354,7 +378,7 @@ def test_objects_in_lists_and_mappings_are_restored_in_place_and_put_back_after_
 
 def test_an_immutable_value_cannot_be_filled_and_says_so(cache):
     record = save(cache, 1.0, state={"w": torch.ones(2), "step": 5})
-    with pytest.raises(NotRestorable, match="keep it in a dict"):
+    with pytest.raises(InvalidValue, match=r"^step cannot be 0: .*keep it in a dict"):
         cache.restore({"w": torch.zeros(2), "step": 0}, resume=record.id)
 
 

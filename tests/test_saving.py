@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckptcache import TrainingCache
-from ckptcache.errors import NoSpace, NotSavable, SaveFailed
+from ckptcache.errors import CacheDirNotWritable, NoSpace, NotSavable, SaveFailed
 from ckptcache.state.rng import capture_rng
 from ckptcache.storage import fs
 from tests.caches import (
@@ -235,6 +235,7 @@ def test_the_record_of_a_save_in_the_background_is_the_one_that_is_committed(cac
 
 
 def failed_in_the_background(cache: TrainingCache) -> None:
+    cache.ledger.hold(cache.ledger.writer)  # signing the lease makes an fsync of its own
     with swapped(FailingSystem(0, errno.ENOSPC, "fsync")):
         cache.save(tiny(), iteration=1, val_loss=1.0, blocking=False)
         cache._saver._thread.join()
@@ -259,6 +260,36 @@ def test_an_error_in_the_background_is_raised_once_by_who_waits(cache, ask):
         ask(cache)
     cache.wait_until_finished()
     assert temporary_files(cache.cache_dir) == []
+
+
+def test_a_folder_that_cannot_be_listed_fails_the_save_and_leaves_nothing_behind(cache, monkeypatch):
+    save(cache, 2.0)
+    before, scan = temporary_files(cache.cache_dir), fs.scan
+
+    def refuse(folder, **how):
+        if folder == cache.ledger.layout.checkpoints:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return scan(folder, **how)
+
+    monkeypatch.setattr(fs, "scan", refuse)
+    with pytest.raises(SaveFailed, match="open files"):
+        save(cache, 1.0)
+    assert temporary_files(cache.cache_dir) == before == []
+
+
+def test_a_subfolder_that_is_a_link_is_refused_before_anything_is_written_or_removed(tmp_path):
+    root, disk = tmp_path / "c", tmp_path / "disk"
+    cache = TrainingCache(root, max_checkpoints=1, keep_latest=0)
+    kept = save(cache, 3.0)
+    (root / "checkpoints").rename(disk)
+    (root / "checkpoints").symlink_to(disk)
+    for again in (cache, TrainingCache(root, max_checkpoints=1, keep_latest=0)):
+        with pytest.raises(CacheDirNotWritable, match="it is a link"):
+            save(again, 1.0)
+        with pytest.raises(CacheDirNotWritable, match="it is a link"):
+            again.prune()
+    assert [path.name for path in disk.iterdir() if path.suffix in (".pt", ".tmp")] == [f"{kept.id}.pt"]
+    assert cache.load(kept.id)["w"][0] == 3.0
 
 
 def test_an_error_that_nobody_foresaw_is_raised_too(cache, monkeypatch):

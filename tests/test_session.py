@@ -1,5 +1,6 @@
 """One process's stretch of training: resuming exactly, saving when it should, and leaving a record."""
 
+import copy
 import errno
 import json
 import logging
@@ -29,7 +30,10 @@ from ckptcache.errors import (
     SessionClosed,
 )
 from ckptcache.session import TrainingSession
+from ckptcache.state.restore import apply
+from ckptcache.state.rng import capture_rng, restore_rng
 from ckptcache.storage.ptfile import HEADER
+from ckptcache.values import MAX_CONFIG_DEPTH
 from tests.faults import FailingSystem, run_child, swapped, wait_until
 from tests.jobs import Job, cache_at, differences
 
@@ -201,6 +205,27 @@ def test_two_that_start_at_once_from_the_same_best_see_different_batches(cache):
     assert [session.record.reseeded for session in opened] == [True, False]
     for session in opened:
         session.discard()
+
+
+def generators():
+    return {"torch": torch.Generator(), "numpy": np.random.default_rng(1), "python": random.Random(1)}
+
+
+def test_what_is_registered_in_a_reseeded_session_is_reseeded_too(cache):
+    def drawn(resume):
+        made = generators()
+        with TrainingSession(cache, **Job().objects(), resume=resume) as session:
+            session.register("made", made)
+            reseeded = session.record.reseeded
+            session.discard()
+        numbers = (torch.rand((), generator=made["torch"]).item(), made["numpy"].random(), made["python"].random())
+        return reseeded, numbers
+
+    Job().run(cache, 2, in_step=lambda s, done: done == 1 and s.checkpoint(val_loss=1.0), made=generators())
+    (reseeded, one), (_, other) = drawn("best"), drawn("best")
+    assert reseeded
+    assert all(a != b for a, b in zip(one, other, strict=True))
+    assert drawn("latest") == drawn("latest")
 
 
 def test_fresh_starts_and_another_model_leave_everything_that_is_there(cache):
@@ -404,7 +429,9 @@ def test_metrics_without_a_loss_are_recorded(cache):
 
 
 def test_what_is_said_with_a_checkpoint_is_kept(cache):
-    Job().run(cache, 1, in_step=lambda s, done: s.checkpoint(epoch=0.5, note="first", lr=torch.tensor(0.5)))
+    Job().run(
+        cache, 1, in_step=lambda s, done: s.checkpoint(epoch=0.5, extra={"note": "first", "lr": torch.tensor(0.5)})
+    )
     record = cache.get("latest")
     assert (record.epoch, record.extra) == (0.5, {"note": "first", "lr": 0.5})
 
@@ -558,6 +585,159 @@ def test_the_generators_name_is_taken(cache):
         TrainingSession(cache, model=nn.Linear(1, 1), rng={})
 
 
+def test_a_configuration_as_deep_as_is_allowed_is_read_again(cache):
+    config = []
+    for _ in range(MAX_CONFIG_DEPTH - 1):
+        config = [config]
+    Job().run(cache, 1, model_config={"deep": config})
+    assert Job().run(cache_at(cache.cache_dir), 2, model_config={"deep": config}).start_iteration == 1
+    with pytest.raises(InvalidValue, match="nested"):
+        TrainingSession(cache, model_config={"deep": [config]})
+
+
+@pytest.mark.parametrize("value", [3, "three", (1, 2), {1}, torch.Size([1])])
+def test_what_cannot_be_filled_in_place_is_refused_with_the_way_out(cache, value):
+    with pytest.raises(InvalidValue, match=r"^epoch cannot be .*dict.*checkpoint\(extra=") as caught:
+        TrainingSession(cache, **Job().objects(), epoch=value).__enter__()
+    assert caught.value.fields["name"] == "epoch"
+    assert not cache.cache_dir.exists()
+    with TrainingSession(cache, **Job().objects()) as session, pytest.raises(InvalidValue, match="epoch"):
+        session.register("epoch", value)
+    with pytest.raises(InvalidValue, match="epoch"):
+        cache.restore({"epoch": value})
+    Job().run(cache, 1, progress={"epoch": value})
+    progress = {"epoch": None}
+    assert Job().run(cache, 2, progress=progress).start_iteration == 1
+    assert progress == {"epoch": value}
+
+
+class Picky:
+    """Saves what it then refuses."""
+
+    def state_dict(self):
+        return {"mood": 1}
+
+    def load_state_dict(self, state):
+        raise RuntimeError("not today")
+
+
+def test_a_fresh_start_says_what_was_tried_and_failed(cache):
+    Job().run(cache, 1, picky=Picky())
+    session = Job().run(cache, 2, picky=Picky())
+    assert session.start_iteration == 0
+    [line] = [line for line in session.messages if "is passed over" in line]
+    assert "'picky' could not be restored" in line
+    assert "not today" in line
+    assert cache.restore({"model": Job().model}, resume="never") is None
+    assert cache.last_notes == ()
+
+
+class Wide(torch.optim.Optimizer):
+    """Keeps its state in float32 whatever its parameters are."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("average", torch.zeros(p.shape)).add_(p.detach().float() / 3)
+                self.state[p].setdefault("history", [torch.zeros(p.shape)])[0].add_(1 / 3)
+
+
+def test_an_optimizer_state_wider_than_its_parameters_comes_back_bit_for_bit(cache):
+    def made():
+        model = nn.Linear(4, 3, dtype=torch.bfloat16)
+        return {"model": model, "optimizer": Wide(model.parameters())}
+
+    first, second, third = made(), made(), made()
+    first["optimizer"].step()
+    record = cache.save(first, iteration=1)
+    cache.restore(second)
+    assert not list(differences(second["optimizer"].state_dict(), first["optimizer"].state_dict()))
+
+    third["optimizer"].step()
+    before = copy.deepcopy(third["optimizer"].state_dict())
+    with pytest.raises(NotRestorable):
+        apply({**third, "model": nn.Linear(1, 1)}, cache.load(record.id), id=record.id)
+    assert not list(differences(third["optimizer"].state_dict(), before))
+
+
+def test_a_mapping_comes_back_exactly_and_lacks_no_live_object(cache):
+    def made(**more):
+        return {"best": 1.0, "seen": [1], "inner": {"kept": 1, **more}, **more}
+
+    Job().run(cache, 1, progress=made())
+    progress = made(late=5)
+    Job().run(cache, 2, progress=progress)
+    assert progress == made()
+    live = made(late=torch.zeros(2))
+    session = Job().run(cache, 3, progress=live)
+    assert session.start_iteration == 0
+    assert any("late was not saved" in line for line in session.messages)
+    assert set(live) == {"best", "seen", "inner", "late"}
+
+
+def test_a_part_named_rng_must_be_the_global_generators(cache):
+    with pytest.raises(NotSavable, match="rng"):
+        cache.save({"rng": torch.Generator()}, iteration=1)
+    assert cache.save({"rng": capture_rng()}, iteration=1).contents == ("rng",)
+
+
+def test_the_generators_of_a_device_that_is_not_here_are_left_out():
+    state = capture_rng()
+    expected = torch.rand(())
+    absent = {} if torch.backends.mps.is_available() else {"mps": torch.zeros(4, dtype=torch.uint8)}
+    restore_rng({**state, **absent})
+    assert torch.equal(torch.rand(()), expected)
+
+
+def test_a_misspelt_argument_and_an_unknown_reason_are_refused(cache):
+    with TrainingSession(cache, **Job().objects()) as session:
+        with pytest.raises(TypeError):
+            session.checkpoint(valloss=1.0)
+        with pytest.raises(InvalidValue, match="finished, max_seconds, signal, diverged, error"):
+            session.stop("bored")
+        session.stop("diverged")
+    assert session.stop_reason == "diverged"
+
+
+def test_a_session_logs_what_it_found_and_that_nothing_is_left(cache, caplog):
+    caplog.set_level(logging.INFO, "ckptcache")
+    first = Job().run(cache, 2)
+    assert first.messages
+    assert [m for m in caplog.messages if m in first.messages] == list(first.messages)
+    caplog.clear()
+    second = Job().run(cache, 2)
+    assert [m for m in caplog.messages if m in second.messages] == list(second.messages)
+    assert "nothing is left to do: iteration 2 of 2" in caplog.messages
+
+
+HEARD = """
+import logging, sys, torch
+from ckptcache import TrainingCache, TrainingSession
+for number in range(3):
+    if number == 2:
+        logging.basicConfig(level=logging.INFO)
+    model = torch.nn.Linear(2, 1)
+    with TrainingSession(TrainingCache(sys.argv[1]), model=model) as session:
+        for _ in session.steps(2):
+            pass
+    print("--", file=sys.stderr)
+"""
+
+
+def test_a_program_without_logging_hears_it_once_and_one_with_logging_only_through_that(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HEARD, str(tmp_path / "c")], capture_output=True, text=True, check=True, timeout=120
+    )
+    first, second, third, _ = done.stderr.split("--\n")
+    assert "starts fresh: there is nothing to resume from\n" in first
+    assert second.count("\nresumes from ckpt_") == 1
+    assert second.endswith("\nnothing is left to do: iteration 2 of 2\n")
+    assert third.count("resumes from ckpt_") == third.count("INFO:ckptcache:resumes from ckpt_") == 1
+
+
 def test_what_cannot_be_read_back_is_refused_at_entry_and_leaves_nothing(tmp_path):
     cache = cache_at(tmp_path / "c")
     with pytest.raises(NotSavable, match=r"things\.when"):
@@ -692,6 +872,22 @@ def test_a_failed_save_is_counted_and_survived(cache, operation, caplog):
     assert not list(cache.cache_dir.rglob("*.tmp"))
 
 
+def test_an_iteration_at_which_two_saves_failed_counts_once(cache):
+    with swapped(FailingSystem(0, errno.ENOSPC, "write", lasting=True)) as failing:
+        failing.at = 10**9
+        job = Job()
+        with TrainingSession(cache, **job.objects(), checkpoint_interval=2) as session:
+            for step in session.steps(4):
+                job.train_step(step)
+                if step == 1:
+                    failing.at = 0
+                    assert session.checkpoint(val_loss=1.0) is None
+                if step == 2:
+                    failing.at = 10**9
+    assert failing.hit
+    assert session.record.failed_saves == 1
+
+
 def test_a_full_disk_during_all_of_the_training_ends_in_an_error(cache):
     Job().run(cache, 1)
     job = Job()
@@ -733,6 +929,7 @@ def test_a_save_in_the_background_that_failed_does_not_cost_the_last_one(cache):
     with TrainingSession(cache, **job.objects()) as session:
         for step in session.steps(2):
             job.train_step(step)
+        cache.ledger.hold(cache.ledger.writer)  # whose lease is synced too
         with swapped(FailingSystem(0, errno.ENOSPC, "fsync")) as failing:
             cache.save({"x": torch.zeros(2)}, iteration=1, blocking=False)
             wait_until(lambda: failing.hit)

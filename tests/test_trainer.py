@@ -261,6 +261,18 @@ def test_a_data_loader_is_begun_again_when_it_ends(tmp_path):
     assert seen == [16, 16, 8, 16, 16, 8, 16, 16]
 
 
+def test_batches_that_begin_anew_after_a_resume_are_told_of(tmp_path, caplog):
+    loader = DataLoader(TensorDataset(PICTURES[:40], LABELS[:40]), batch_size=16)
+    told = "the batches have no state_dict: they begin anew"
+    made(tmp_path, batches=loader, max_iters=1).train()
+    assert told not in caplog.messages
+    made(tmp_path, batches=loader, max_iters=2).train()
+    assert caplog.messages.count(told) == 1
+    caplog.clear()
+    made(tmp_path, max_iters=3).train()
+    assert told not in caplog.messages
+
+
 def test_no_batch_at_all_is_said_in_a_sentence(tmp_path):
     with pytest.raises(InvalidValue, match="batches cannot be 'list': it gave no batch"):
         made(tmp_path, batches=[]).train()

@@ -18,12 +18,18 @@ from ckptcache.trainer import CachedTrainer, Callback
 
 
 class Schedule(Callback):
-    """Sets the learning rate and grows the connections, as functions of the iteration and the settings in force."""
+    """Sets the optimizer's numbers and grows the connections, by the iteration and the settings in force."""
 
     def __init__(self, model: NanEcho, settings: TrainingSettings) -> None:
         self._settings = settings
         self._growth = ConnectionGrowth.of(model.config, settings)
         self._model = model
+
+    def on_start(self, trainer: CachedTrainer) -> None:
+        """Put the settings in force over those that the checkpoint's optimizer was saved with."""
+        fresh = parameter_groups(self._model, self._settings.weight_decay)
+        for group, new in zip(trainer.optimizer.param_groups, fresh, strict=True):
+            group["weight_decay"], group["betas"] = new["weight_decay"], self._settings.betas
 
     def before_step(self, trainer: CachedTrainer, iteration: int) -> None:
         """Grow if it is due, and save that; then set the learning rate of the coming step."""

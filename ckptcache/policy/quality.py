@@ -113,7 +113,8 @@ def score_group(records: Iterable[CheckpointMetadata], config: CacheConfig) -> d
 
     ``quality = w_loss * loss_score + w_metrics * metrics_score + w_progress * progress``, where progress is the
     iteration's share of the group's furthest; without a scored metric the loss takes the metrics' weight too.
-    `config.best_fn` replaces all of that. A loss that is not finite is diverged in any case.
+    `config.best_fn` replaces all of that. A loss that is not finite is diverged in any case; where none was
+    measured at this iteration, the last one before it and the training loss tell.
 
     Raises:
         InvalidValue: `config.best_fn` returned neither a number nor None.
@@ -151,13 +152,20 @@ def _absent_score(members: list[CheckpointMetadata], name: str, direction: Direc
 def _score(record: CheckpointMetadata, scale: _Scale) -> Score:
     loss = record.val_loss
     progress = {"progress": record.iteration / scale.furthest if scale.furthest else 0.0}
-    if loss is not None and not math.isfinite(loss):
-        return Score(None, "diverged", progress, f"diverged: val_loss is {loss}")
+    if (sign := _divergence(record)) is not None:
+        return Score(None, "diverged", progress, f"diverged: {sign}")
     if scale.best_fn is not None:
         return _custom_score(scale.best_fn(record), record.id)
     if loss is None:
         return Score(None, "unknown", progress, "unknown: no val_loss was recorded")
     return _known_score(record, loss, progress, scale)
+
+
+def _divergence(record: CheckpointMetadata) -> str | None:
+    """Which loss isn't finite, in words. A val_loss, where there is one, outweighs what else was seen."""
+    names = ("val_loss",) if record.val_loss is not None else ("last_val_loss", "train_loss")
+    losses = ((name, getattr(record, name)) for name in names)
+    return next((f"{name} is {loss}" for name, loss in losses if loss is not None and not math.isfinite(loss)), None)
 
 
 def _custom_score(given: float | None, id: str) -> Score:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckptcache.errors import CkptCacheError, NotRestorable
+from ckptcache.errors import CkptCacheError, InvalidValue, NotRestorable
 from ckptcache.state.capture import NDARRAY, describe
 from ckptcache.state.names import canonical_names
 from ckptcache.state.rng import capture_rng, generator_access, restore_rng
@@ -99,6 +99,8 @@ def _restore_one(target: Any, saved: Any, key: str) -> None:
         _load_module(target, saved)
     elif (access := generator_access(target)) is not None:
         access[1](from_plain(saved))
+    elif isinstance(target, torch.optim.Optimizer):
+        _load_optimizer(target, from_plain(saved))
     elif hasattr(target, "load_state_dict"):
         target.load_state_dict(from_plain(saved))
     elif isinstance(target, dict) and isinstance(saved, Mapping):
@@ -116,7 +118,27 @@ def _is_filled(value: Any) -> bool:
     return generator_access(value) is not None or (isinstance(value, tuple) and any(_is_filled(v) for v in value))
 
 
+def check_fillable(targets: Mapping[str, Any]) -> None:
+    """InvalidValue for a value that nothing can be restored into, since its owner would keep the old one."""
+    for name, value in targets.items():
+        if value is not None and not _is_fillable(value):
+            kind = type(value).__name__
+            reason = (
+                f"a value of type {kind} can't be changed in place, and so never be restored: keep it in a dict, "
+                "or pass it to checkpoint(extra=...)"
+            )
+            raise InvalidValue(name=name, value=value, reason=reason)
+
+
+def _is_fillable(value: Any) -> bool:
+    return all(_is_fillable(item) for item in value) and bool(value) if isinstance(value, tuple) else _is_filled(value)
+
+
 def _restore_mapping(target: dict[Any, Any], saved: Mapping[Any, Any], key: str) -> None:
+    for name in [name for name in target if name not in saved]:
+        if _is_live(target[name]):
+            raise ValueError(f"{key}.{name} was not saved")
+        del target[name]
     for name, value in saved.items():
         if _is_filled(target.get(name)):
             _restore_one(target[name], value, f"{key}.{name}")
@@ -147,6 +169,13 @@ def _holds_object(value: Any) -> bool:
     return hasattr(value, "load_state_dict") or generator_access(value) is not None
 
 
+def _is_live(value: Any) -> bool:
+    """Whether a value is, or holds, what its owner may hold on to: an object, a tensor or an array."""
+    if isinstance(value, dict | list | tuple):
+        return any(_is_live(item) for item in (value.values() if isinstance(value, dict) else value))
+    return _is_filled(value)
+
+
 def _guarded(key: str, id: str, restore: Callable[[], Any]) -> None:
     try:
         restore()
@@ -169,6 +198,32 @@ def _load_module(module: nn.Module, saved: Mapping[str, Any]) -> None:
             # torch would cast without a word.
             raise ValueError(f"{name} was saved as {describe(found)}, and the model has {describe(tensor)}")
     module.load_state_dict(state, strict=True)
+
+
+# --- optimizers ----------------------------------------------------------------------------------
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load, and undo what torch does on the way: it casts the state to the dtype of its parameter, which loses bits."""
+    optimizer.load_state_dict(dict(saved))
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if number in saved["state"]:
+            optimizer.state[parameter] = _uncast(optimizer.state[parameter], saved["state"][number])
+
+
+def _uncast(loaded: Any, saved: Any) -> Any:
+    """`loaded`, with each tensor whose dtype differs from what was saved replaced by a copy of that."""
+    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
+        is_cast = loaded.dtype != saved.dtype and loaded.shape == saved.shape
+        return saved.detach().to(loaded.device, copy=True) if is_cast else loaded
+    if isinstance(loaded, dict) and isinstance(saved, Mapping):
+        loaded.update({name: _uncast(item, saved[name]) for name, item in loaded.items() if name in saved})
+        return loaded
+    if type(loaded) in (list, tuple) and isinstance(saved, list | tuple) and len(loaded) == len(saved):
+        return type(loaded)(_uncast(item, was) for item, was in zip(loaded, saved, strict=True))
+    return loaded
 
 
 # --- plain values --------------------------------------------------------------------------------
@@ -207,6 +262,9 @@ def _kept(target: Any) -> Callable[[], None]:
     if (access := generator_access(target)) is not None:
         before = copy.deepcopy(access[0]())
         return lambda: access[1](before)
+    if isinstance(target, torch.optim.Optimizer):
+        optimizer_state = copy.deepcopy(target.state_dict())
+        return lambda: _load_optimizer(target, optimizer_state)
     if callable(getattr(target, "load_state_dict", None)) and callable(getattr(target, "state_dict", None)):
         state = copy.deepcopy(target.state_dict())
         return lambda: _discard(target.load_state_dict(state))

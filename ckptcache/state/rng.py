@@ -13,7 +13,7 @@ from ckptcache.values import content_hash
 
 
 def capture_rng() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's global generators (and of each CUDA device's)."""
+    """The state of Python's, NumPy's and torch's global generators (and of each CUDA device's, and of MPS)."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
@@ -21,6 +21,8 @@ def capture_rng() -> dict[str, Any]:
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -29,9 +31,16 @@ def restore_rng(state: dict[str, Any]) -> None:
     if "cuda" in state and torch.cuda.is_available():
         for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(value, device)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+def is_rng_state(state: object) -> bool:
+    """Whether `state` is what `capture_rng` gives."""
+    return isinstance(state, dict) and {"python", "numpy", "torch"} <= set(state)
 
 
 def seed_everything(seed: int) -> None:

@@ -27,6 +27,7 @@ from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable, CkptCacheError
 LOCK_TIMEOUT = 120.0
 """Seconds to wait for the index; it is held for milliseconds, so more than this means a stuck process."""
 TEMP_SUFFIX = ".tmp"
+_CHUNK = 8 * 1024 * 1024
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -321,11 +322,22 @@ def _rename_new(source: Path, target: Path) -> None:
         system.link(source, target)
     except (FileExistsError, FileNotFoundError):
         raise
-    except OSError:
-        # Folders, and file systems without hard links.
-        system.replace(source, target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            _copy(source, target)
+            system.unlink(source)
+        else:
+            # Folders, and file systems without hard links.
+            system.replace(source, target)
     else:
         system.unlink(source)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A durable copy on another file system, where neither a link nor a rename leads."""
+    with open_regular(source) as file, replacing(target, writer="copy") as temp:
+        while chunk := file.read(_CHUNK):
+            temp.write(chunk)
 
 
 def remove(path: Path, *, root: Path) -> bool:
@@ -412,6 +424,8 @@ class Lease:
         fd = system.overwrite(self.path)
         try:
             _write_all(fd, memoryview(orjson.dumps({**_this_machine(), "pid": self._owner})))
+            # After a power cut an empty lease would be anybody's, and what its writer left behind would stay for ever.
+            system.fsync(fd)
         finally:
             os.close(fd)
 
@@ -426,14 +440,18 @@ class Lease:
 
 
 def lease_state(path: Path) -> LeaseState:
-    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine or boot, or out of reach."""
+    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine, or out of reach.
+
+    One that nobody has signed yet is "live" or "unknown": its owner may be just about to, on any machine.
+    """
     try:
         content = read_bytes(path, limit=4096)
     except FileNotFoundError:
         return "dead"
     except (OSError, ValueError, CkptCacheError):
         return "unknown"
-    if not _is_of_this_machine(content):
+    is_signed = _is_of_this_machine(content)
+    if not is_signed and not _is_unsigned(content):
         return "unknown"
     lock = FileLock(path, thread_local=False)
     try:
@@ -449,7 +467,7 @@ def lease_state(path: Path) -> LeaseState:
                 system.unlink(path)
     finally:
         lock.release()
-    return "dead"
+    return "dead" if is_signed else "unknown"
 
 
 def remove_dead_lease(path: Path) -> bool:
@@ -470,9 +488,18 @@ def remove_dead_lease(path: Path) -> bool:
 
 
 def _is_of_this_machine(content: bytes) -> bool:
-    # Also a beginning of the signature: an owner that died while signing is dead, once nobody holds the lock.
-    signature = orjson.dumps(_this_machine())[:-1]
-    return content.startswith(signature) or signature.startswith(content)
+    """Whether a lease was signed here, in this boot or in one before, of which no process is left."""
+    try:
+        signed, here = orjson.loads(content), _this_machine()
+        boots = {signed["boot_id"], here["boot_id"]}
+        return bool(signed["host"] == here["host"] and (len(boots) == 1 or all(boots)))
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _is_unsigned(content: bytes) -> bool:
+    """Whether nothing stands in a lease, or the beginning of what this machine would sign."""
+    return orjson.dumps(_this_machine())[:-1].startswith(content)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ what is on the disk is observed (`reconcile`), so that the file never changes by
 
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from ckptcache.metadata import (
 from ckptcache.storage import fs
 from ckptcache.values import check_depth, content_hash, jsonable
 
+log = logging.getLogger("ckptcache")
 INDEX_NAME = "metadata.json"
 MAX_INDEX_BYTES = 256 * 1024 * 1024
 _JSON = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
@@ -206,14 +208,20 @@ _FLAT_DROPPED = frozenset({"file_path", "path"})
 def upgrade_flat(document: Mapping[str, Any]) -> Index:
     """The index that the oldest layout amounts to: a flat mapping of id to record, configurations inline.
 
-    A path in a record is never followed. What this version has no field for stays in `extra`.
+    A path in a record is never followed. What this version has no field for stays in `extra`. A record
+    whose id can't be one is left out, with a warning, beside others that can.
     Raises ValueError, naming the record, when it isn't that layout.
     """
     index = Index()
     for key, value in document.items():
-        if key in _PARTS or not is_valid_id(key) or not isinstance(value, dict):
+        if key in _PARTS or not isinstance(value, dict):
             raise ValueError(f"it has no schema_version, and {key!r} is not a record")
-    for sequence, (key, flat) in enumerate(sorted(document.items(), key=_flat_order), start=1):
+    records = {key: value for key, value in document.items() if is_valid_id(key)}
+    for key in document.keys() - records.keys():
+        if not records:
+            raise ValueError(f"it has no schema_version, and {key!r} is not a record")
+        log.warning("the record %r is left out, since that can't be the id of a checkpoint", key)
+    for sequence, (key, flat) in enumerate(sorted(records.items(), key=_flat_order), start=1):
         try:
             index.checkpoints[key] = _upgrade_record(key, sequence, flat, index)
         except (ValueError, InvalidValue) as error:
@@ -312,6 +320,33 @@ def _references(index: Index) -> set[str | None]:
     return used
 
 
+def check_readable(index: Index, known: Index) -> None:
+    """InvalidValue for what is in `index`, is not in `known`, and would be refused when the index is read again."""
+    for part, key, entry in _changed_entries(index, known):
+        try:
+            _read_back(part, key, entry)
+        except ValueError as error:
+            raise InvalidValue(name=f"{part}/{key}", value=type(entry).__name__, reason=str(error)) from error
+
+
+def _changed_entries(index: Index, known: Index) -> Iterator[tuple[str, str, Any]]:
+    for part in _PARTS:
+        before = getattr(known, part)
+        yield from ((part, key, entry) for key, entry in getattr(index, part).items() if before.get(key) is not entry)
+
+
+def _read_back(part: str, key: str, entry: Any) -> None:
+    if part == "configs":
+        check_depth(entry, "a configuration")
+        return
+    plain = entry.to_json()
+    if plain.get("id", key) != key:
+        raise ValueError(f"it calls itself {plain['id']!r}")
+    type(entry).from_json(plain)
+    if part == "names":
+        _checked_name(key)
+
+
 # --- merging -------------------------------------------------------------------------------------
 
 
@@ -394,7 +429,11 @@ class IndexFile:
             yield
 
     def commit(self, index: Index, *, writer: str) -> None:
-        """Make `index` the committed one, durably, and the present one `.prev`; the lock must be held."""
+        """Make `index` the committed one, durably, and the present one `.prev`; the lock must be held.
+
+        Raises InvalidValue for an entry that could not be read again; nothing is written then.
+        """
+        check_readable(index, Index() if self._seen is None else self._seen[1])
         data = serialise(index)
         fs.keep_generation(self.path, self.previous, writer=writer)
         fs.write_atomically(self.path, data, writer=writer)

@@ -16,6 +16,11 @@ class Layout:
         self.quarantine = root / "quarantine"
         self.data = root / "data"
 
+    def linked_folders(self) -> list[Path]:
+        """Subfolders that are links. Nothing outside the cache is ever removed, so that such a one can't be kept."""
+        folders = (self.checkpoints, self.sessions, self.quarantine, self.data)
+        return [folder for folder in folders if folder.is_symlink()]
+
     def checkpoint(self, id: str) -> Path:
         """The file of a checkpoint."""
         return self.checkpoints / f"{check_id(id)}.pt"
@@ -27,6 +32,10 @@ class Layout:
     def lease(self, owner: str) -> Path:
         """The lock file that a session or writer holds while it lives."""
         return self.sessions / f"{check_id(owner)}.lock"
+
+    def remove(self, path: Path) -> bool:
+        """Remove a file of the cache; returns whether it was there. Raises ValueError when it lies elsewhere."""
+        return fs.remove(path, root=self.root)
 
     def locate(self, id: str) -> Path:
         """Where the file of a checkpoint is: the oldest layout also kept files beside the index."""

@@ -46,5 +46,5 @@ class Publication:
 
 def remove_checkpoint(layout: Layout, id: str) -> None:
     """Remove a checkpoint's file, then its sidecar; the index must have decided so before."""
-    fs.remove(layout.locate(id), root=layout.root)
-    fs.remove(layout.sidecar(id), root=layout.root)
+    layout.remove(layout.locate(id))
+    layout.remove(layout.sidecar(id))

@@ -5,11 +5,14 @@ can't have different ideas of what is there. Looking changes nothing; `tidy` is 
 """
 
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import orjson
 
 from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, NotACheckpoint
 from ckptcache.metadata import CheckpointMetadata, is_valid_id
@@ -17,6 +20,8 @@ from ckptcache.storage import fs
 from ckptcache.storage.index import INDEX_NAME, Index, IndexFile, parse, read_index_bytes, serialise
 from ckptcache.storage.layout import Layout
 
+_SUMMARY_TEMP = re.compile(r"training_summary\.json\.writer_[0-9a-f]{12}\.tmp")
+"""Beside the index lie a user's files too: only a name that this package gives is taken for its own."""
 MAX_SIDECAR_BYTES = 64 * 1024 * 1024
 
 
@@ -57,7 +62,7 @@ def open_index(file: IndexFile, layout: Layout) -> Opened:
     """The committed index, or the one rebuilt from `.prev` and the sidecars, with stray checkpoints adopted.
 
     Raises:
-        IndexDamaged: it can't be read, and there is nothing from which to rebuild it.
+        IndexDamaged: it can't be read, and there is nothing from which to rebuild it, or it is no index at all.
         IndexTooNew: a later version wrote it.
         IndexUnreadable: the system refuses to read it, which says nothing of what is in it.
     """
@@ -73,7 +78,8 @@ def open_index(file: IndexFile, layout: Layout) -> Opened:
         strays |= _ids_of_sidecars(layout)
     opened.index = found or Index()
     _adopt_strays(opened, layout, strays)
-    if opened.broken is not None and found is None and not strays:
+    can_be_rebuilt = found is not None or bool(opened.adopted)
+    if opened.broken is not None and not (can_be_rebuilt and _may_be_ours(file)):
         raise opened.broken
     return opened
 
@@ -86,6 +92,18 @@ def _ids_of_sidecars(layout: Layout) -> set[str]:
     found = fs.names(layout.checkpoints)
     unfinished = {name.split(".pt.")[0] for name in found if name.endswith(fs.TEMP_SUFFIX)}
     return {name.removesuffix(".json") for name in found if name.endswith(".json")} - unfinished
+
+
+def _may_be_ours(file: IndexFile) -> bool:
+    """Whether a broken index was one: something else in JSON may have the same name, and must stay where it is."""
+    try:
+        data = read_index_bytes(file.path)
+        if b"schema_version" not in data and b"checkpoint" not in data:
+            orjson.loads(data)
+            return False
+    except (FileNotFoundError, IndexDamaged, orjson.JSONDecodeError):
+        pass
+    return True
 
 
 def _previous(file: IndexFile) -> Index | None:
@@ -178,7 +196,7 @@ def _find_leftovers(seen: Observed, index: Index, layout: Layout) -> None:
     for name in found:
         if name.endswith(".json") and (what := _leftover_sidecar(name.removesuffix(".json"), index, found)):
             seen.leftovers[layout.checkpoints / name] = what
-    beside = [name for name in fs.names(layout.root) if name.startswith(INDEX_NAME)]
+    beside = [name for name in fs.names(layout.root) if name.startswith(INDEX_NAME) or _SUMMARY_TEMP.fullmatch(name)]
     folders = ((layout.checkpoints, found), (layout.root, beside), (layout.quarantine, fs.names(layout.quarantine)))
     for folder, names in folders:
         for name in names:
@@ -238,9 +256,9 @@ def tidy(seen: Observed, file: IndexFile, layout: Layout) -> list[Path]:
 
 
 def _removed(path: Path, layout: Layout) -> bool:
-    # A folder linked to from elsewhere (ValueError) or one that is read-only must not keep a cache from opening.
+    # A folder linked to since (ValueError) or one that is read-only must not keep a cache from opening.
     with suppress(OSError, ValueError):
-        return fs.remove(path, root=layout.root)
+        return layout.remove(path)
     return False
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,9 +71,15 @@ def test_without_verifying_a_flipped_bit_stays_unseen(healthy):
     assert text == "Everything is in order; the files were not read.\n"
 
 
-def test_a_missing_file_is_damage_that_nothing_mends(cli, cache):
-    assert f"{cache.missing}: its file is gone" in cli("doctor", rc=4).stdout
-    assert "1 damage left" in cli("doctor", "--repair", rc=4).stdout
+def test_a_missing_file_is_said_and_is_no_damage(cli, cache):
+    assert f"{cache.missing}: its file is gone" in cli("doctor").stdout
+    assert "No damage is left." in cli("doctor", "--repair").stdout
+
+
+def test_a_clone_that_holds_only_the_index_is_in_order(healthy):
+    folder, _ = healthy
+    shutil.rmtree(folder / "checkpoints")
+    assert "No damage is left." in ckptcache_cli("doctor", "--cache-dir", folder).stdout
 
 
 def test_an_index_with_conflict_markers_is_read_around_and_repaired(healthy):

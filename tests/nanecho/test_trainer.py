@@ -69,6 +69,15 @@ def test_growth_saves_with_its_reason_at_its_iteration_until_all_may_be_active(t
     assert trainer.model.connection_ratio == 1.0
 
 
+def test_the_settings_in_force_win_over_those_of_the_checkpoint(tmp_path):
+    made(cache_at(tmp_path), max_iters=2, weight_decay=0.1, betas=(0.9, 0.95)).train()
+    second = made(cache_at(tmp_path), max_iters=4, weight_decay=0.3, betas=(0.8, 0.9))
+    second.train()
+    groups = second.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [tuple(group["betas"]) for group in groups] == [(0.8, 0.9)] * 2
+
+
 def test_masks_and_ratio_come_back_exactly(tmp_path):
     first = made(cache_at(tmp_path), max_iters=6)
     first.train()

@@ -238,6 +238,16 @@ def test_what_is_unknown_or_diverged_has_no_quality_and_says_why():
     assert "val_loss is -inf" in diverged.reason
 
 
+@pytest.mark.parametrize("name", ["train_loss", "last_val_loss"])
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_save_between_evaluations_of_a_diverged_run_has_diverged(name, loss):
+    score = alone(**{name: loss})
+    assert (score.status, score.reason) == ("diverged", f"diverged: {name} is {loss}")
+    assert alone(**{name: loss}, val_loss=1.0).status == "known"
+    scores = score_group(records := [record(**{name: loss})], config())
+    assert best(records, scores) is None
+
+
 @pytest.mark.parametrize(
     ("given_", "status", "quality"),
     [(3, "known", 3.0), (None, "unknown", None), (math.nan, "diverged", None), (math.inf, "diverged", None)],

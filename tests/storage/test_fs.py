@@ -476,18 +476,25 @@ def test_a_lease_given_back_while_it_is_looked_at_leaves_no_file(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("field", ["host", "boot_id"])
-def test_a_lease_of_another_machine_or_boot_is_unknown(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    ("changed", "state"),
+    [({"host": "elsewhere"}, "unknown"), ({"boot_id": "earlier"}, "dead"), ({"boot_id": ""}, "unknown")],
+    ids=str,
+)
+def test_a_lease_of_another_machine_is_unknown_and_one_of_an_earlier_boot_is_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], state: str
+) -> None:
+    monkeypatch.setattr(fs, "_this_machine", lambda: {"host": "here", "boot_id": "now"})
     path = tmp_path / "s.lock"
     lease = fs.Lease(path)
     content = orjson.loads(path.read_bytes())
     lease.release()
-    path.write_bytes(orjson.dumps({**content, field: "elsewhere"}))
-    assert fs.lease_state(path) == "unknown"
+    path.write_bytes(orjson.dumps({**content, **changed}))
+    assert fs.lease_state(path) == state
 
 
 @pytest.mark.parametrize("length", [0, 1, 20])
-def test_a_lease_whose_owner_died_while_signing_is_dead_and_live_until_then(tmp_path: Path, length: int) -> None:
+def test_a_lease_whose_owner_died_while_signing_is_unknown_and_live_until_then(tmp_path: Path, length: int) -> None:
     path = tmp_path / "s.lock"
     lease = fs.Lease(path)
     path.write_bytes(path.read_bytes()[:length])
@@ -496,10 +503,8 @@ def test_a_lease_whose_owner_died_while_signing_is_dead_and_live_until_then(tmp_
     content = path.read_bytes()
     lease.release()
     path.write_bytes(content)
-    assert fs.lease_state(path) == "dead"
+    assert fs.lease_state(path) == "unknown"
     assert path.read_bytes() == content, "looking changes nothing"
-    assert fs.remove_dead_lease(path)
-    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff" * 5000], ids=lambda c: repr(c[:4]))
@@ -531,3 +536,15 @@ def test_a_lease_that_cannot_be_signed_is_not_kept(tmp_path: Path, error: int) -
             fs.Lease(tmp_path / "s.lock")
         assert failing.hit
         assert names(tmp_path) == []
+
+
+def test_what_goes_aside_to_another_file_system_is_copied_whole(tmp_path: Path) -> None:
+    source, folder = tmp_path / "x.pt", tmp_path / "aside"
+    folder.mkdir()
+    source.write_bytes(b"content")
+    with swapped(FailingSystem(0, errno.EXDEV, "link")) as failing:
+        assert fs.move_aside(source, folder) == folder / "x.pt"
+    assert failing.hit
+    assert (folder / "x.pt").read_bytes() == b"content"
+    assert names(folder) == ["x.pt"]
+    assert not source.exists()

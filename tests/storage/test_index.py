@@ -631,6 +631,13 @@ def test_old_writers_were_not_particular_about_whole_numbers(written, read):
     assert upgrade_flat({"a": {"iteration": written}}).checkpoints["a"].iteration == read
 
 
+def test_a_record_of_the_oldest_layout_whose_id_cannot_be_one_is_left_out_loudly_beside_others(caplog):
+    assert set(upgrade_flat({"a": {"iteration": 1}, "Epoch5": {"iteration": 5}}).checkpoints) == {"a"}
+    assert "'Epoch5' is left out" in caplog.text
+    with pytest.raises(ValueError, match="'Epoch5' is not a record"):
+        upgrade_flat({"Epoch5": {"iteration": 5}})
+
+
 def test_a_list_of_learning_rates_and_none_are_both_taken():
     index = upgrade_flat({"a": {"learning_rate": [0.1, 0.2]}, "b": {"learning_rate": None}})
     assert [index.checkpoints[id].learning_rate for id in "ab"] == [(0.1, 0.2), ()]

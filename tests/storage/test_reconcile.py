@@ -329,6 +329,19 @@ def test_half_written_indexes_go_under_the_lock(full):
     assert same(full.open().index, full.index)
 
 
+def test_half_written_summaries_of_the_dead_go_and_nobody_elses(full):
+    name = "training_summary.json.writer_{}.tmp"
+    stale, living = (full.layout.root / name.format(hex * 12) for hex in "0a")
+    others = [full.layout.root / name for name in ("training_summary.json.backup.tmp", "training_summary.json")]
+    for path in (stale, living, *others):
+        path.write_bytes(b"{")
+    lease = fs.Lease(full.layout.lease("writer_" + "a" * 12))
+    assert set(full.observe().leftovers) == {stale}
+    assert full.tidy() == [stale]
+    assert all(path.exists() for path in (living, *others))
+    lease.release()
+
+
 def test_tidying_twice_removes_nothing_more(full):
     (full.layout.checkpoints / "ckpt_new.pt.gone.tmp").write_bytes(b"half")
     full.tidy()
@@ -487,14 +500,20 @@ def test_a_broken_index_is_rebuilt_from_the_generation_before_though_that_names_
     assert set(opened.index.sessions) == {"sess_1"}
 
 
-def test_a_broken_index_beside_files_alone_opens_empty_and_says_so(full):
+def test_a_broken_index_beside_files_alone_is_not_replaced_unasked(full):
     full.file.path.write_bytes(b"{")
     full.file.previous.unlink()
     for id in (A, B, C):
         full.layout.sidecar(id).unlink()
-    opened = full.open()
-    assert opened.broken is not None
-    assert set(observe(opened.index, full.layout).unrecorded) == {A, B, C}
+    with pytest.raises(IndexDamaged):
+        full.open()
+
+
+@pytest.mark.parametrize("foreign", [b'{"name": "my dataset card"}', b"[]", b'"text"'])
+def test_what_is_no_index_and_only_has_its_name_is_never_taken_for_a_broken_one(full, foreign):
+    full.file.path.write_bytes(foreign)
+    with pytest.raises(IndexDamaged):
+        full.open()
 
 
 def test_a_newer_index_is_not_rebuilt_over(full):
