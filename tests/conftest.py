@@ -3,11 +3,17 @@
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background deaf to it, and the programs under test would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 _OURS = ("CKPTCACHE_REQUIRE", "CKPTCACHE_HYPOTHESIS", "CKPTCACHE_PYTHON")
 
