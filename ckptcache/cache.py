@@ -134,7 +134,7 @@ class TrainingCache:
         if_improved: bool = False,
         blocking: bool = True,
     ) -> CheckpointMetadata | None:
-        """Save a checkpoint. When this returns (with `blocking`), it survives kill -9 and a power cut.
+        """Save a checkpoint. When this returns (with `blocking`), it is synced, and survives kill -9.
 
         Args:
             state: named parts: objects with `state_dict`, generators, tensors, arrays, plain values, and trees.
