@@ -236,3 +236,52 @@ class NotCacheable(CkptCacheError):
     """The prepared data {key} is {kind}, which cannot be kept and come back the same: {remedy}."""
 
     exit_code = 2
+
+
+# --- training that lives in a repository ---------------------------------------------------------
+
+
+class InvalidRunName(CkptCacheError):
+    """{name!r} cannot be the name of a run: names hold only letters, digits, '.', '_' and '-', at most 64,
+    and begin with a letter or digit."""
+
+    exit_code = 2
+
+
+class ProgressNotFound(CkptCacheError):
+    """There is no {path}: make one with `ckptcache progress init`, or name another with --progress-dir."""
+
+    exit_code = 3
+
+
+class RunNotFound(CkptCacheError):
+    """There is no run {name!r} in {path} (there are: {names}): train with --out_dir {path}/{name} first."""
+
+    exit_code = 3
+
+
+class NotARepository(CkptCacheError):
+    """{path} is not in a git work tree ({reason}): run this in a clone."""
+
+    exit_code = 2
+
+
+class NoBranch(CkptCacheError):
+    """There is no branch to commit to ({reason}): name one with --branch."""
+
+    exit_code = 2
+
+
+class GitFailed(CkptCacheError):
+    """`git {command}` failed: {reason}. Correct that and run it again; the records are still in {path}."""
+
+
+class PushFailed(CkptCacheError):
+    """The record could not be pushed to {branch} of {remote} after {attempts} ({reason}). Nothing is lost: the commit
+    {commit} is in {bundle}; run `ckptcache progress commit` again, or bring it in elsewhere with
+    `git fetch {bundle} {ref}`."""
+
+
+class MergeFailed(CkptCacheError):
+    """{path} could not be merged: {reason}. Git has left it as a conflict; `ckptcache progress restore` takes up
+    both sides of it."""
