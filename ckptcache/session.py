@@ -44,6 +44,7 @@ from ckptcache.values import plain_config
 log = logging.getLogger("ckptcache")
 _STOP_REASONS = ("finished", "max_seconds", "signal", "diverged", "error")
 SUMMARY_NAME = "training_summary.json"
+_MAX_SECONDS = "CKPTCACHE_MAX_SECONDS"
 _SURVIVABLE = (
     *(SaveFailed, CacheDirNotWritable, CacheDirIsFile, LockTimeout),
     *(IndexDamaged, IndexTooNew, IndexUnreadable),
@@ -66,7 +67,9 @@ class TrainingSession:
         resume: "best", "latest", "auto", "never", or an id or name.
         seed: from which a reseeded session's generators are derived.
         checkpoint_interval: save at every so many iterations, evaluated or not.
-        max_seconds: stop, with a last save, once so many seconds have passed since entry.
+        max_seconds: stop, with a last save, once so many seconds have passed since entry. If left out, what the
+            environment variable CKPTCACHE_MAX_SECONDS says, so that who starts a training can limit it; without
+            that, no limit.
         summary_path: where the summary goes; the cache's folder if left out.
         objects: anything else to save and restore, by name: what `TrainingCache.save` takes.
 
@@ -102,6 +105,7 @@ class TrainingSession:
     ) -> None:
         _check_above_0("checkpoint_interval", checkpoint_interval)
         _check_above_0("max_seconds", max_seconds)
+        max_seconds = _limit_from_outside() if max_seconds is None else max_seconds
         configs = {"model_config": model_config, "data_config": data_config, "training_config": training_config}
         self.cache = cache
         self.id = new_session_id()
@@ -509,6 +513,17 @@ class TrainingSession:
             fs.write_atomically(self.summary_path, data, writer=self.cache.ledger.writer)
         except OSError as error:
             log.warning("%s could not be written: %s", self.summary_path, fs.reason_of(error))
+
+
+def _limit_from_outside() -> float | None:
+    text = os.environ.get(_MAX_SECONDS, "").strip()
+    try:
+        seconds = float(text) if text else None
+    except ValueError:
+        seconds = math.nan
+    if seconds is not None and not seconds > 0:
+        raise InvalidValue(name=_MAX_SECONDS, value=text, reason="it must be a number of seconds above 0, or unset")
+    return seconds
 
 
 def _check_above_0(name: str, value: float | None) -> None:

@@ -229,7 +229,7 @@ def say_summary(summary: dict[str, Any], console: Console) -> None:
     first, last = summary["start_iteration"], summary["end_iteration"]
     reason = {
         "finished": "finished",
-        "max_seconds": "stopped by --max_seconds",
+        "max_seconds": "stopped, because its seconds are up",
         "signal": "stopped by a signal",
         "nothing_to_do": "nothing was left to do",
         "diverged": "stopped, because the loss has diverged (a lower --learning_rate may help)",

@@ -351,6 +351,26 @@ def test_max_seconds_stops_after_a_step_and_saves(cache):
     assert reasons(cache) == [(session.iteration, "final")]
 
 
+def test_who_starts_a_training_can_limit_it_by_the_environment(cache, monkeypatch):
+    monkeypatch.setenv("CKPTCACHE_MAX_SECONDS", "0.5")
+    session = Job().run(cache, 10**6)
+    assert session.stop_reason == "max_seconds"
+    assert reasons(cache) == [(session.iteration, "final")]
+
+
+@pytest.mark.parametrize(("text", "given", "limit"), [("5", None, 5.0), ("5", 9.0, 9.0), ("", None, None)])
+def test_an_argument_wins_over_the_environment_where_empty_is_no_limit(cache, monkeypatch, text, given, limit):
+    monkeypatch.setenv("CKPTCACHE_MAX_SECONDS", text)
+    assert TrainingSession(cache, model=nn.Linear(1, 1), max_seconds=given).max_seconds == limit
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan"])
+def test_a_limit_from_the_environment_that_does_not_work_is_refused_by_its_name(cache, monkeypatch, text):
+    monkeypatch.setenv("CKPTCACHE_MAX_SECONDS", text)
+    with pytest.raises(InvalidValue, match=f"CKPTCACHE_MAX_SECONDS cannot be '{text}'"):
+        TrainingSession(cache, model=nn.Linear(1, 1))
+
+
 def test_stop_ends_the_loop(cache):
     session = Job().run(cache, 100, in_step=lambda s, done: done == 3 and s.stop())
     assert (session.iteration, session.stop_reason) == (3, "finished")

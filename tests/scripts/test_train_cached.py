@@ -183,6 +183,15 @@ def test_a_run_may_be_held_to_a_time():
     assert (summary["stop_reason"], summary["saved"] > 0) == ("max_seconds", True)
 
 
+def test_who_starts_it_may_hold_it_to_a_time(monkeypatch):
+    monkeypatch.setenv("CKPTCACHE_MAX_SECONDS", "1.5")
+    ended = tiny("--json", "--session_iters", "1000000")
+    assert (ended.summary["stop_reason"], ended.summary["saved"] > 0) == ("max_seconds", True)
+    assert "stopped, because its seconds are up" in ended.err
+    monkeypatch.setenv("CKPTCACHE_MAX_SECONDS", "soon")
+    assert tiny().code == 2
+
+
 def test_limits_are_kept():
     tiny("--checkpoint_interval", "2", "--max_checkpoints", "2")
     assert len(TrainingCache("out/cache").checkpoints()) == 2
