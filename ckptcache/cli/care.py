@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptcache.cli import output, words
+from ckptcache import words
+from ckptcache.cli import output
 from ckptcache.cli.bars import progress_bar
 from ckptcache.cli.options import DirectionType, common, open_cache, options
 from ckptcache.config import settings_with_sources

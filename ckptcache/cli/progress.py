@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptcache.cli import output, words
+from ckptcache import words
+from ckptcache.cli import output
 from ckptcache.cli.bars import progress_bar
 from ckptcache.cli.options import common
 
