@@ -159,6 +159,13 @@ class Repository:
         answer = self._ask("rev-list", f"--max-count={limit}", "--full-history", commit, "--", path)
         return answer.text.split()
 
+    def stages(self, path: str) -> list[tuple[str, bytes]]:
+        """The versions of a file that a merge could not bring together: ours and theirs; none without a conflict."""
+        listed = self._ask("ls-files", "--unmerged", "-z", "--", f":(top,literal){path}").out
+        entries = [line.split(b"\t")[0].split() for line in listed.split(b"\0") if line]
+        names = {b"2": "ours", b"3": "theirs"}
+        return [(names[stage], self.blob(blob.decode())) for _, blob, stage in entries if stage in names]
+
     # --- the remote ------------------------------------------------------------------------------
 
     def fetch(self, remote: str, branch: str) -> str | None:

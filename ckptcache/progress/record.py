@@ -26,11 +26,16 @@ class Record:
     is_whole: bool = True
 
 
-def read(data: bytes, path: Path, older: Callable[[], Iterable[tuple[str, bytes]]]) -> Record:
+Versions = Callable[[], Iterable[tuple[str, bytes]]]
+"""Looks for other versions of a record when they are needed; each comes with what to call it."""
+
+
+def read(data: bytes, path: Path, older: Versions, sides: Versions = tuple) -> Record:
     """The index in `data`; of a broken one, both sides of a conflict, or else the newest of `older` that is whole.
 
     Args:
-        older: versions from the history, the newest first, each with what to call it.
+        older: versions from the history, the newest first.
+        sides: the versions between which git has left a conflict, if it still knows them.
 
     Raises:
         IndexDamaged: there is no way to read any of it.
@@ -39,15 +44,11 @@ def read(data: bytes, path: Path, older: Callable[[], Iterable[tuple[str, bytes]
     try:
         return Record(parse(data, path))
     except IndexDamaged as error:
-        return _from_sides(data, path) or _from_history(older(), path, error)
-
-
-def _from_sides(data: bytes, path: Path) -> Record | None:
-    sides = [index for side in conflict_sides(data) if (index := _or_none(side, path)) is not None]
-    if not sides:
-        return None
-    what = "both sides of it were" if len(sides) > 1 else "the one side of it that is whole was"
-    return Record(merged(*sides), f"it held a conflict of git's, and {what} taken up", is_whole=False)
+        known = [index for _, side in sides() if (index := _or_none(side, path)) is not None]
+        known = known or [index for side in conflict_sides(data) if (index := _or_none(side, path)) is not None]
+        if len(known) > 1:
+            return Record(merged(*known), "it held a conflict of git's, and both sides were taken up", is_whole=False)
+        return _from_history(older(), path, error, known)
 
 
 def conflict_sides(data: bytes) -> list[bytes]:
@@ -69,13 +70,18 @@ def _side(lines: Iterable[bytes], wanted: bytes) -> Iterator[bytes]:
             part = b"" if marker[1] == b">>>>>>>" else marker[1]
 
 
-def _from_history(older: Iterable[tuple[str, bytes]], path: Path, error: IndexDamaged) -> Record:
+def _from_history(older: Iterable[tuple[str, bytes]], path: Path, error: IndexDamaged, known: list[Index]) -> Record:
+    """The newest version that is whole, and the side of a conflict that is, if any."""
+    also = ["the side of git's conflict that is whole"] if known else []
     for name, data in older:
         index = _or_none(data, path)
         if index is not None:
-            reason = error.fields["reason"]
-            return Record(index, f"it can't be read ({reason}), and that of {name} was taken instead", is_whole=False)
-    raise error
+            known, also = [*known, index], [*also, f"that of {name}"]
+            break
+    if not known:
+        raise error
+    reason = error.fields["reason"]
+    return Record(merged(*known), f"it can't be read ({reason}); taken instead: {' and '.join(also)}", is_whole=False)
 
 
 def _or_none(data: bytes, path: Path) -> Index | None:

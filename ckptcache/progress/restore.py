@@ -115,7 +115,7 @@ def local_record(run: Run, repository: Repository | None) -> Record:
     if repository is None:
         return read(data, run.index, lambda: ())
     name = repository.relative(run.index)
-    return read(data, run.index, lambda: versions(repository, repository.head(), name))
+    return read(data, run.index, lambda: versions(repository, repository.head(), name), lambda: repository.stages(name))
 
 
 # --- what is committed ---------------------------------------------------------------------------
