@@ -9,7 +9,7 @@ from ckptcache.catalog import Catalog
 from ckptcache.config import CacheConfig
 from ckptcache.errors import CheckpointDamaged, CkptCacheError, IndexDamaged
 from ckptcache.ledger import Ledger
-from ckptcache.storage import fs
+from ckptcache.storage import fs, integrity
 from ckptcache.storage.datacache import DataCache
 from ckptcache.storage.index import Index
 from ckptcache.storage.reconcile import (
@@ -213,13 +213,11 @@ def _sidecar_faults(ledger: Ledger, observed: Observed) -> dict[str, tuple[str, 
 def _of_contents(
     ledger: Ledger, index: Index, observed: Observed, progress: Callable[[int, int], None] | None
 ) -> list[Finding]:
-    from ckptcache.storage import ptfile
-
     findings, done, total = [], 0, sum(observed.available.values())
     for id, size in sorted(observed.available.items()):
         record = index.checkpoints[id]
         try:
-            ptfile.verify(ledger.layout.locate(id), size=record.size, digest=record.digest)
+            integrity.verify(ledger.layout.locate(id), size=record.size, digest=record.digest)
         except FileNotFoundError:
             pass  # evicted since it was listed
         except CheckpointDamaged as error:
@@ -255,12 +253,10 @@ def _repair(ledger: Ledger, found: _Found) -> None:
 
 def _quarantine_damaged(ledger: Ledger, suspects: Collection[str]) -> None:
     """Verify again before anything is taken away: a look may have met a file on its way in or out."""
-    from ckptcache.storage import ptfile
-
     records = ledger.view().index.checkpoints if suspects else {}
     for record in (records[id] for id in suspects if id in records):
         try:
-            ptfile.verify(ledger.layout.locate(record.id), size=record.size, digest=record.digest)
+            integrity.verify(ledger.layout.locate(record.id), size=record.size, digest=record.digest)
         except CheckpointDamaged as error:
             ledger.quarantine(record.id, str(error.fields["reason"]))
         except (CkptCacheError, FileNotFoundError):

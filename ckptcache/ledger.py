@@ -15,7 +15,7 @@ from ckptcache.config import CacheConfig
 from ckptcache.errors import CacheDirIsFile, CacheDirNotReadable, CacheDirNotWritable
 from ckptcache.metadata import CheckpointMetadata, SessionRecord, thin
 from ckptcache.storage import fs
-from ckptcache.storage.index import Index, IndexFile, merge
+from ckptcache.storage.index import Index, IndexFile, merge, serialise
 from ckptcache.storage.layout import Layout
 from ckptcache.storage.publish import remove_checkpoint
 from ckptcache.storage.reconcile import Observed, Opened, leases, observe, open_index, quarantine, set_aside, tidy
@@ -54,6 +54,14 @@ class Change:
         if known is None or session.revision >= known.revision:
             self.index.sessions[session.id] = session
             self.is_dirty = True
+
+    def absorb(self, base: Index, theirs: Index) -> None:
+        """Merge in what others made of `base`: the union of the records, of what both changed the higher revision."""
+        merged = merge(base, self.index, theirs)
+        if serialise(merged) != serialise(self.index):
+            self.is_dirty = True
+        self.index = merged
+        self.observed = observe(merged, self._ledger.layout)
 
     def commit(self) -> None:
         """Make it durable. From here on it counts."""

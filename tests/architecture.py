@@ -14,7 +14,7 @@ from pathlib import Path
 Tree = Mapping[str, str]
 
 FLOORS = {
-    1: ("errors", "values", "config", "metadata", "environment"),
+    1: ("errors", "values", "config", "metadata", "environment", "words"),
     2: ("storage", "policy", "state", "history"),
     3: ("catalog", "resume", "ledger", "adoption", "saving", "checkup", "transfer", "cache"),
     4: (

@@ -9,7 +9,7 @@ import torch
 
 from ckptcache import TrainingCache
 from ckptcache.errors import IndexDamaged
-from ckptcache.storage import ptfile
+from ckptcache.storage import integrity
 from tests.caches import as_nobody, file_of, flip, ids, kinds, let_in, listing, save, tiny
 from tests.faults import run_child
 
@@ -181,7 +181,7 @@ def test_what_may_not_be_read_is_no_damage_and_is_left_where_it_is(cache, tmp_pa
 
 
 def test_what_was_damaged_only_at_the_first_look_is_not_quarantined(cache, monkeypatch):
-    best, verify, looks = cache.get("best"), ptfile.verify, []
+    best, verify, looks = cache.get("best"), integrity.verify, []
 
     def verify_once_damaged(path, **known):
         if path != file_of(cache, best) or looks:
@@ -193,7 +193,7 @@ def test_what_was_damaged_only_at_the_first_look_is_not_quarantined(cache, monke
         finally:
             flip(path)
 
-    monkeypatch.setattr(ptfile, "verify", verify_once_damaged)
+    monkeypatch.setattr(integrity, "verify", verify_once_damaged)
     (found,) = cache.doctor(repair=True)
     assert (found.kind, found.repaired) == ("damaged", False)
     assert cache.doctor() == []

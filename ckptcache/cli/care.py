@@ -1,14 +1,15 @@
 """Care: what a cache holds, what is wrong with it, what goes when it is full, what other weights would change."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptcache.cli import output, words
+from ckptcache import words
+from ckptcache.cli import output
+from ckptcache.cli.bars import progress_bar
 from ckptcache.cli.options import DirectionType, common, open_cache, options
 from ckptcache.config import settings_with_sources
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 DAMAGE = 4
 _LIMITS = ("max_checkpoints", "max_cache_size_gb")
 _DEFAULT = "default"
-_MANY_FILES = 8
-_MANY_BYTES = 500_000_000
 """From either on, verifying takes long enough for a progress bar."""
 
 
@@ -80,7 +79,7 @@ def doctor(ctx: click.Context, repair: bool, no_verify: bool) -> None:
       ckptcache doctor
       ckptcache doctor --repair
     """
-    with open_cache() as cache, _progress_bar() as progress:
+    with open_cache() as cache, progress_bar() as progress:
         findings = cache.doctor(repair=repair, verify=not no_verify, progress=progress)
     is_damaged = any(f.is_damage and not f.repaired for f in findings)
     document = {"findings": [asdict(f) for f in findings], "damaged": is_damaged, "verified": not no_verify}
@@ -109,34 +108,6 @@ def _outcome(finding: "Finding") -> tuple[str, str]:
     if finding.repaired:
         return "repaired", "green"
     return ("damage", "red") if finding.is_damage else ("untidy", "yellow")
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr, if that is a terminal and there is much to read."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, calls = bar.add_task("verifying", total=None), 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1 and total >= _MANY_BYTES:
-            bar.start()
-        if calls == _MANY_FILES:
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield progress
-    finally:
-        bar.stop()
 
 
 # --- prune ---------------------------------------------------------------------------------------

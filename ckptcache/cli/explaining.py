@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
+from ckptcache import words
 from ckptcache.catalog import Catalog, Explanation
-from ckptcache.cli import output, words
-from ckptcache.cli.tables import Column, short_ids, table
+from ckptcache.cli import output
+from ckptcache.cli.tables import Column, table
 from ckptcache.config import CacheConfig
 from ckptcache.policy.compatibility import Description
 
@@ -56,7 +57,7 @@ def _ending(explanations: Sequence[Explanation], evicted: int) -> Iterator[str]:
 
 
 def _blocks(catalog: Catalog, explanations: Sequence[Explanation]) -> Iterator[str]:
-    ids = short_ids([e.record.id for e in explanations], catalog.index.checkpoints, catalog.index.names)
+    ids = words.short_ids([e.record.id for e in explanations], catalog.index.checkpoints, catalog.index.names)
     longest = max(map(len, ids.values()), default=0)
     for number, explanation in enumerate(explanations, start=1):
         yield ""

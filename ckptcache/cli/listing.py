@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from ckptcache.cli import output, words
+from ckptcache import words
+from ckptcache.cli import output
 from ckptcache.cli.options import (
     CheckpointType,
     checkpoint_argument,

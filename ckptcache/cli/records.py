@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ckptcache import words
 from ckptcache.catalog import Catalog
-from ckptcache.cli import output, words
-from ckptcache.cli.tables import Column, short_ids
+from ckptcache.cli import output
+from ckptcache.cli.tables import Column
 from ckptcache.metadata import CheckpointMetadata
 from ckptcache.policy.compatibility import Group
 
@@ -83,7 +84,7 @@ def places(records: Sequence[CheckpointMetadata], catalog: Catalog) -> list[str]
 def id_column(records: Sequence[CheckpointMetadata], catalog: Catalog) -> Column:
     """Ids, as short as they can be typed where there is little room."""
     ids = [r.id for r in records]
-    short = short_ids(ids, catalog.index.checkpoints, catalog.index.names)
+    short = words.short_ids(ids, catalog.index.checkpoints, catalog.index.names)
     return Column("id", ids, short=[short[id] for id in ids], style="cyan")
 
 

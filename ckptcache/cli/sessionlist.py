@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ckptcache import words
 from ckptcache.catalog import Catalog
-from ckptcache.cli import output, words
-from ckptcache.cli.tables import Column, short_ids, table
+from ckptcache.cli import output
+from ckptcache.cli.tables import Column, table
 from ckptcache.metadata import SessionRecord
 from ckptcache.storage.layout import Layout
 from ckptcache.storage.reconcile import leases
@@ -27,8 +28,8 @@ def lines(sessions: Sequence[SessionRecord], states: Mapping[str, str], catalog:
 def _columns(sessions: Sequence[SessionRecord], states: Mapping[str, str], catalog: Catalog) -> list[Column]:
     ids = [s.id for s in sessions]
     parents = [s.parent or "" for s in sessions]
-    short = short_ids(ids, catalog.index.sessions)
-    parent_short = short_ids([p for p in parents if p], catalog.index.checkpoints, catalog.index.names)
+    short = words.short_ids(ids, catalog.index.sessions)
+    parent_short = words.short_ids([p for p in parents if p], catalog.index.checkpoints, catalog.index.names)
     return [
         Column("id", ids, short=[short[id] for id in ids], style="cyan"),
         Column("parent", parents, short=[parent_short.get(p, "") for p in parents], keep=60),

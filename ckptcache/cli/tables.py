@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ckptcache.cli import output
@@ -127,29 +126,3 @@ def _rows(columns: Sequence[Column]) -> Iterator[list[Any]]:
 
     for cells in zip(*(c.cells for c in columns), strict=True):
         yield [Text(output.clean(cell)) for cell in cells]
-
-
-# --- ids -----------------------------------------------------------------------------------------
-
-_LEAST = 16
-"""Of an id, so that it reads as one, and stays alone for a while: up to the minute."""
-
-
-def short_ids(ids: Iterable[str], index_ids: Iterable[str], names: Iterable[str] = ()) -> dict[str, str]:
-    """For each of `ids`, a beginning that no other id of the index has, and that is no name.
-
-    All are about as long as the longest needs to be, and end where a part of the id ends.
-    """
-    every, words = sorted({*index_ids, *ids}), {*names, "best", "latest"}
-    needed = max((_common(a, b) + 1 for a, b in pairwise(every)), default=0)
-    shortened = {id: _cut(id, max(needed, _LEAST)) for id in ids}
-    return {id: id if short in words else short for id, short in shortened.items()}
-
-
-def _common(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _cut(id: str, least: int) -> str:
-    end = id.find("_", least)
-    return id[:least] if end == -1 else id[:end]

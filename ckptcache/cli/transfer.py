@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from ckptcache.cli import output, words
+from ckptcache import words
+from ckptcache.cli import output
 from ckptcache.cli.options import checkpoint_argument, common, model_config_option, open_cache
 
 

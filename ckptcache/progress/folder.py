@@ -27,9 +27,14 @@ ATTRIBUTES = (
 """How git merges what lies here, in clones where `progress init` has told it how."""
 
 
+def is_run_name(name: str) -> bool:
+    """Whether `name` may be a run's: it becomes a folder, and stands in keys and messages."""
+    return _RUN_NAME.match(name) is not None and ".." not in name
+
+
 def check_run_name(name: str) -> str:
-    """`name`, or InvalidRunName: it becomes a folder, and stands in keys and messages."""
-    if not _RUN_NAME.match(name) or ".." in name:
+    """`name`, or InvalidRunName."""
+    if not is_run_name(name):
         raise InvalidRunName(name=name)
     return name
 
@@ -83,4 +88,4 @@ class ProgressFolder:
             folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.is_symlink())
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [Run(p, p.name) for p in folders if _RUN_NAME.match(p.name) and (p / "cache").is_dir()]
+        return [Run(p, p.name) for p in folders if is_run_name(p.name) and (p / "cache").is_dir()]

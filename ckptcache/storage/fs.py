@@ -265,6 +265,12 @@ def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
         temp.write(data)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Add to a file that somebody else keeps, such as a job's summary; it is made where it isn't there."""
+    with path.open("ab") as file:
+        file.write(data)
+
+
 def keep_generation(path: Path, kept: Path, *, writer: str) -> None:
     """Make `kept` a second name of the present file at `path`, which itself never disappears."""
     temp = kept.with_name(f"{kept.name}.{writer}{TEMP_SUFFIX}")

@@ -4,11 +4,8 @@
 level under their own names, and `HEADER` holds the format and the record.
 """
 
-import errno
-import io
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,11 +16,11 @@ from blake3 import blake3
 
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint, UnsafeCheckpoint
 from ckptcache.storage import audit, fs
+from ckptcache.storage.integrity import Written, opened, verify_open
 
 HEADER = "ckptcache"
 """The key of the file's own header beside the parts of the state."""
 FORMAT = 1
-_CHUNK = 8 * 1024 * 1024
 _LEGACY_PARTS = {
     "model_state_dict": "model",
     "optimizer_state_dict": "optimizer",
@@ -31,14 +28,6 @@ _LEGACY_PARTS = {
     "scaler_state_dict": "scaler",
     "state_dict": "model",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a finished file measures."""
-
-    size: int
-    digest: str
 
 
 class _DigestingFile:
@@ -101,23 +90,6 @@ class Content:
     digest: str
 
 
-def digest_of(path: Path) -> Written:
-    """Size and digest of a file as it is now; raises FileNotFoundError."""
-    with _opened(path) as file:
-        return _measure(file)
-
-
-def verify(path: Path, *, size: int | None, digest: str | None) -> Written:
-    """Check a file against what its record says, decoding nothing.
-
-    Raises:
-        FileNotFoundError: it is gone.
-        CheckpointDamaged: size or digest differ.
-    """
-    with _opened(path) as file:
-        return _verify(file, path, size, digest)
-
-
 def read(path: Path, *, size: int | None = None, digest: str | None = None) -> Content:
     """Verify a file against `size` and `digest` where they are known, check its directory, and decode it.
 
@@ -129,8 +101,8 @@ def read(path: Path, *, size: int | None = None, digest: str | None = None) -> C
         NotACheckpoint: it isn't torch's zip format, holds no mapping, or the system or memory forbid reading it.
         UnsafeCheckpoint: it holds more than tensors and plain values.
     """
-    with _opened(path) as file:
-        measured = _verify(file, path, size, digest)
+    with opened(path) as file:
+        measured = verify_open(file, path, size, digest)
         entries = audit.check_archive(file, path, measured.size)
         audit.check_pickle(file, path, entries, measured.size, vouched=digest is not None)
         payload = _decode(file, path)
@@ -150,42 +122,6 @@ def _check_format(version: Any, path: Path) -> None:
     if not isinstance(version, int) or version > FORMAT:
         reason = f"it is in format {version!r}, and this ckptcache knows {FORMAT}: install a newer one"
         raise NotACheckpoint(path=path, reason=reason)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file for reading; what the system refuses is told apart from damage, so that nothing is set aside for it."""
-    try:
-        with fs.open_regular(path) as file:
-            yield file
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno == errno.EIO:
-            raise CheckpointDamaged(path=path, reason="the disk cannot read it") from error
-        raise NotACheckpoint(path=path, reason=fs.reason_of(error)) from error
-
-
-def _measure(file: BinaryIO) -> Written:
-    hasher, size = blake3(), 0
-    while chunk := file.read(_CHUNK):
-        hasher.update(chunk)
-        size += len(chunk)
-    return Written(size, f"blake3:{hasher.hexdigest()}")
-
-
-def _verify(file: BinaryIO, path: Path, size: int | None, digest: str | None) -> Written:
-    length = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    if length == 0:
-        raise CheckpointDamaged(path=path, reason="it is empty")
-    if size is not None and length != size:
-        raise CheckpointDamaged(path=path, reason=f"it has {length} bytes, and its record says {size}")
-    measured = _measure(file)
-    if digest is not None and measured.digest != digest:
-        raise CheckpointDamaged(path=path, reason="its content differs from the digest in its record")
-    file.seek(0)
-    return measured
 
 
 def _decode(file: BinaryIO, path: Path) -> Any:

@@ -168,7 +168,7 @@ def sidecar_bytes(record: CheckpointMetadata, index: Index) -> bytes:
 
 
 def observe(index: Index, layout: Layout) -> Observed:
-    """Compare `index` with the files. Sizes are compared, contents are not (see `ptfile.verify`)."""
+    """Compare `index` with the files. Sizes are compared, contents are not (see `integrity.verify`)."""
     seen, files = Observed(), layout.files()
     for id, record in index.checkpoints.items():
         entry = files.get(id)

@@ -1,28 +1,7 @@
-import re
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptcache.cli.tables import ALWAYS, Column, fitting, needed_width, short_ids, table
-
-IDS = st.lists(st.from_regex(re.compile(r"\A[a-z0-9][a-z0-9_]{0,12}\Z")), min_size=1, max_size=12, unique=True)
-
-
-@given(IDS, st.lists(st.from_regex(re.compile(r"\A[a-z]{1,4}\Z")), max_size=4))
-def test_a_short_id_stands_for_one_checkpoint_only(ids, names):
-    for id, short in short_ids(ids, ids, names).items():
-        assert id.startswith(short)
-        # As it is looked up: an id as it is, then a name, then a prefix that only one has.
-        assert short == id or (
-            short not in {*names, "best", "latest"} and [i for i in ids if i.startswith(short)] == [id]
-        )
-
-
-def test_short_ids_end_where_a_part_ends():
-    ids = [f"ckpt_20260102_030405_{i:08d}_0123abcd_{i:04x}" for i in range(3)]
-    assert short_ids(ids, ids)[ids[1]] == "ckpt_20260102_030405_00000001"
-    assert short_ids(ids[:1], ids[:1])[ids[0]] == "ckpt_20260102_030405"
-    assert short_ids(ids[:1], ids)[ids[0]] == "ckpt_20260102_030405_00000000"
+from ckptcache.cli.tables import ALWAYS, Column, fitting, needed_width, table
 
 
 def test_the_least_dear_columns_go_first_and_short_cells_come_before():

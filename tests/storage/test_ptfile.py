@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptcache.errors import CheckpointDamaged, CkptCacheError, NotACheckpoint, UnsafeCheckpoint
-from ckptcache.storage import fs, ptfile
+from ckptcache.storage import fs, integrity, ptfile
 from tests.faults import FailingSystem, swapped
 from tests.storage import hostile
 
@@ -224,8 +224,8 @@ def test_the_digest_is_what_b3sum_prints(tmp_path):
     path = tmp_path / "a.pt"
     written = save(path, {"model": {"w": torch.ones(5000)}})
     data = path.read_bytes()
-    assert written == ptfile.Written(len(data), f"blake3:{blake3(data).hexdigest()}")
-    assert ptfile.digest_of(path) == ptfile.verify(path, size=written.size, digest=written.digest) == written
+    assert written == integrity.Written(len(data), f"blake3:{blake3(data).hexdigest()}")
+    assert integrity.digest_of(path) == integrity.verify(path, size=written.size, digest=written.digest) == written
 
 
 def test_the_record_inside_comes_back_with_the_measures(tmp_path):
@@ -381,7 +381,7 @@ def test_a_file_that_grew_is_found(checkpoint):
 def test_damage_is_found_before_anything_is_decoded(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"model": hostile.Calling(os.mkdir, str(tmp_path / "sentinel"))}, path)
-    size, digest = path.stat().st_size, ptfile.digest_of(path).digest
+    size, digest = path.stat().st_size, integrity.digest_of(path).digest
     with pytest.raises(UnsafeCheckpoint):
         ptfile.read(path, size=size, digest=digest)
     for wrong in ({"size": size + 1}, {"digest": "blake3:" + "0" * 64}, {"size": size, "digest": "md5:0"}):
@@ -424,7 +424,7 @@ def test_a_pickle_damaged_at_random_never_brings_anything_else(tmp_path):
             changed[chance.randrange(len(changed))] = chance.randrange(256)
         # The checksum is right, so that the instructions themselves are what is judged.
         path.write_bytes(hostile.archive(bytes(changed)))
-        for digest in (None, ptfile.digest_of(path).digest):
+        for digest in (None, integrity.digest_of(path).digest):
             try:
                 ptfile.read(path, digest=digest)
             except CkptCacheError as error:
@@ -433,19 +433,26 @@ def test_a_pickle_damaged_at_random_never_brings_anything_else(tmp_path):
                 assert "\n" not in reason
 
 
+READERS = (ptfile.read, integrity.digest_of, lambda path: integrity.verify(path, size=1, digest=None))
+
+
 def _saved(payload):
     buffer = io.BytesIO()
     torch.save(payload, buffer)
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("call", [ptfile.read, ptfile.digest_of, lambda path: ptfile.verify(path, size=1, digest=None)])
+@pytest.mark.parametrize(
+    "call", [ptfile.read, integrity.digest_of, lambda path: integrity.verify(path, size=1, digest=None)]
+)
 def test_a_file_that_is_gone_is_not_called_damaged(tmp_path, call):
     with pytest.raises(FileNotFoundError):
         call(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("call", [ptfile.read, ptfile.digest_of, lambda path: ptfile.verify(path, size=1, digest=None)])
+@pytest.mark.parametrize(
+    "call", [ptfile.read, integrity.digest_of, lambda path: integrity.verify(path, size=1, digest=None)]
+)
 @pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "fifo", "device", "link to a device"])
 def test_only_regular_files_are_read(tmp_path, kind, call):
     path, target = tmp_path / "a.pt", tmp_path / "outside.pt"
@@ -522,7 +529,7 @@ def test_every_hostile_file_is_refused_and_nothing_happens(corpus):
     folder, labels = corpus
     for name, label in labels.items():
         path = folder / "files" / name
-        measured = ptfile.digest_of(path)
+        measured = integrity.digest_of(path)
         for vouched in ({}, {"size": measured.size, "digest": measured.digest}):
             with pytest.raises((CheckpointDamaged, NotACheckpoint, UnsafeCheckpoint)) as caught:
                 ptfile.read(path, **vouched)
@@ -553,7 +560,7 @@ import json, os, resource, sys
 from pathlib import Path
 import torch
 from ckptcache.errors import CkptCacheError
-from ckptcache.storage import ptfile
+from ckptcache.storage import integrity, ptfile
 
 torch.set_num_threads(1)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -561,7 +568,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 outcome = {}
 for path in sorted(Path(sys.argv[1]).iterdir()):
-    measured = ptfile.digest_of(path)
+    measured = integrity.digest_of(path)
     for digest in (None, measured.digest):
         try:
             ptfile.read(path, digest=digest)

@@ -1,9 +1,13 @@
+import re
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ckptcache.cli import words
+from ckptcache import words
 
+IDS = st.lists(st.from_regex(re.compile(r"\A[a-z0-9][a-z0-9_]{0,12}\Z")), min_size=1, max_size=12, unique=True)
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 
 
@@ -58,3 +62,20 @@ def test_a_curve_is_drawn_from_lowest_to_highest():
 def test_a_configuration_in_one_line():
     assert words.settings({"a": 1, "b": {"c": [1.0, "x"]}, "d": None}) == "a 1, b {c [1, x]}, d None"
     assert words.settings(None) == ""
+
+
+@given(IDS, st.lists(st.from_regex(re.compile(r"\A[a-z]{1,4}\Z")), max_size=4))
+def test_a_short_id_stands_for_one_checkpoint_only(ids, names):
+    for id, short in words.short_ids(ids, ids, names).items():
+        assert id.startswith(short)
+        # As it is looked up: an id as it is, then a name, then a prefix that only one has.
+        assert short == id or (
+            short not in {*names, "best", "latest"} and [i for i in ids if i.startswith(short)] == [id]
+        )
+
+
+def test_short_ids_end_where_a_part_ends():
+    ids = [f"ckpt_20260102_030405_{i:08d}_0123abcd_{i:04x}" for i in range(3)]
+    assert words.short_ids(ids, ids)[ids[1]] == "ckpt_20260102_030405_00000001"
+    assert words.short_ids(ids[:1], ids[:1])[ids[0]] == "ckpt_20260102_030405"
+    assert words.short_ids(ids[:1], ids)[ids[0]] == "ckpt_20260102_030405_00000000"

@@ -1,4 +1,4 @@
-"""Numbers, sizes and times as a person reads them."""
+"""Numbers, sizes, times and ids as a person reads them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -80,3 +80,29 @@ def _thinned(values: list[float], most: int) -> list[float]:
         return values
     edges = [round(i * len(values) / most) for i in range(most + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+
+
+# --- ids -----------------------------------------------------------------------------------------
+
+_LEAST = 16
+"""Of an id, so that it reads as one, and stays alone for a while: up to the minute."""
+
+
+def short_ids(ids: Iterable[str], index_ids: Iterable[str], names: Iterable[str] = ()) -> dict[str, str]:
+    """For each of `ids`, a beginning that no other id of the index has, and that is no name.
+
+    All are about as long as the longest needs to be, and end where a part of the id ends.
+    """
+    every, words = sorted({*index_ids, *ids}), {*names, "best", "latest"}
+    needed = max((_common_beginning(a, b) + 1 for a, b in pairwise(every)), default=0)
+    shortened = {id: _cut(id, max(needed, _LEAST)) for id in ids}
+    return {id: id if short in words else short for id, short in shortened.items()}
+
+
+def _common_beginning(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _cut(id: str, least: int) -> str:
+    end = id.find("_", least)
+    return id[:least] if end == -1 else id[:end]

@@ -1,0 +1,79 @@
+"""Whether a file is the one that its record tells of: size and digest, decoding nothing and without torch."""
+
+import errno
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from blake3 import blake3
+
+from ckptcache.errors import CheckpointDamaged, NotACheckpoint
+from ckptcache.storage import fs
+
+_CHUNK = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a finished file measures."""
+
+    size: int
+    digest: str
+
+
+def digest_of(path: Path) -> Written:
+    """Size and digest of a file as it is now; raises FileNotFoundError."""
+    with opened(path) as file:
+        return measure(file)
+
+
+def verify(path: Path, *, size: int | None, digest: str | None) -> Written:
+    """Check a file against what its record says, decoding nothing.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        CheckpointDamaged: size or digest differ.
+    """
+    with opened(path) as file:
+        return verify_open(file, path, size, digest)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file for reading; what the system refuses is told apart from damage, so that nothing is set aside for it."""
+    try:
+        with fs.open_regular(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise CheckpointDamaged(path=path, reason="the disk cannot read it") from error
+        raise NotACheckpoint(path=path, reason=fs.reason_of(error)) from error
+
+
+def measure(file: BinaryIO) -> Written:
+    """Size and digest of what is left to read of an open file."""
+    hasher, size = blake3(), 0
+    while chunk := file.read(_CHUNK):
+        hasher.update(chunk)
+        size += len(chunk)
+    return Written(size, f"blake3:{hasher.hexdigest()}")
+
+
+def verify_open(file: BinaryIO, path: Path, size: int | None, digest: str | None) -> Written:
+    """`verify` for a file that is open, so that what is read afterwards is what was verified; it stands at 0 then."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if length == 0:
+        raise CheckpointDamaged(path=path, reason="it is empty")
+    if size is not None and length != size:
+        raise CheckpointDamaged(path=path, reason=f"it has {length} bytes, and its record says {size}")
+    measured = measure(file)
+    if digest is not None and measured.digest != digest:
+        raise CheckpointDamaged(path=path, reason="its content differs from the digest in its record")
+    file.seek(0)
+    return measured
