@@ -196,9 +196,9 @@ class Github:
         """Keys of what the cache keeps, the newest last."""
         return [(folder / "key").read_text() for folder in sorted((self.stand_ins / "cache").glob("*"))]
 
-    def artifacts(self) -> list[str]:
-        """Names of the artifacts."""
-        return sorted(folder.name for folder in (self.stand_ins / "artifacts").glob("*"))
+    def artifacts(self) -> dict[str, Path]:
+        """The artifacts of the last run: name to folder."""
+        return {folder.name: folder for folder in (self.stand_ins / "artifacts" / str(1000 + self.runs)).glob("*")}
 
     def job_summary(self, job: str, run: int | None = None) -> str:
         """What the steps of a job wrote to their summaries."""

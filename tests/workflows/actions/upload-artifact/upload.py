@@ -1,4 +1,4 @@
-"""Stands in for actions/upload-artifact: files below their lowest common folder, under a name that is given once.
+"""Stands in for actions/upload-artifact: files below their lowest common folder, under a name that a run gives once.
 
 Stricter than the original in what is hidden: there, only the name of a file or of a folder on the way to it counts.
 Not modelled: folders that are empty are left out here as there, but executable bits and links are not tried.
@@ -42,7 +42,7 @@ if not found:
     sys.exit(1 if os.environ["IF_NONE"] == "error" else 0)
 if set(NAME) & set('":<>|*?\r\n\\/'):
     sys.exit(f"::error::The artifact name is not valid: {NAME}")
-target = Path(os.environ["STAND_INS"], "artifacts", NAME)
+target = Path(os.environ["STAND_INS"], "artifacts", os.environ["GITHUB_RUN_ID"], NAME)
 if target.exists():
     sys.exit(f"::error::an artifact with this name already exists: {NAME}")
 for file in found:
