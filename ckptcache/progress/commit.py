@@ -58,7 +58,7 @@ class Committed:
             "commit": self.commit,
             "pushed_to": self.pushed_to,
             "attempts": self.attempts,
-            "message": self.message,
+            "message": self.message if self.commit else None,
             "runs": [view.name for view in self.views],
             "notes": self.notes,
         }
