@@ -240,7 +240,6 @@ class Repository:
 
     def bundle(self, path: Path, ref: str, *, known: Sequence[str]) -> None:
         """Write what `ref` has beyond the commits `known` into a file that `git fetch` reads. Raises GitFailed."""
-        path.parent.mkdir(exist_ok=True)
         self._ask("bundle", "create", "--quiet", str(path.absolute()), ref, *(f"^{commit}" for commit in known))
 
     def point(self, ref: str, commit: str) -> None:
