@@ -42,15 +42,6 @@ def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
 
 def common(command: F) -> F:
     """Add --cache-dir and --json, which are kept in `options`."""
-    command = click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_keep,
-        help="Print one JSON document on stdout, and nothing else there.",
-    )(command)
     return click.option(
         "--cache-dir",
         metavar="DIR",
@@ -59,6 +50,19 @@ def common(command: F) -> F:
         is_eager=True,
         callback=_keep,
         help="The cache's folder.",
+    )(json_option(command))
+
+
+def json_option(command: F) -> F:
+    """Add --json, which is kept in `options`, to a command that is about no single cache."""
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_keep,
+        help="Print one JSON document on stdout, and nothing else there.",
     )(command)
 
 

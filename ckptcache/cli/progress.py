@@ -9,7 +9,7 @@ import click
 from ckptcache import words
 from ckptcache.cli import output
 from ckptcache.cli.bars import progress_bar
-from ckptcache.cli.options import common
+from ckptcache.cli.options import json_option
 
 if TYPE_CHECKING:
     from ckptcache.progress.clean import Cleaning
@@ -38,6 +38,7 @@ class _Group(click.Group):
     type=click.Path(file_okay=False, path_type=Path),
     help="The folder in the repository.",
 )
+@json_option
 @click.pass_context
 def progress(ctx: click.Context, progress_dir: Path) -> None:
     """Keep the record of trainings in a git repository, and the big files out of it.
@@ -97,7 +98,7 @@ def _append(report: Path | None, text: str) -> None:
 
 
 @progress.command(short_help="Make the folder, and tell git how to merge records.")
-@common
+@json_option
 def init() -> None:
     """Make the folder with its page, keep big files out of git, and tell this clone how to merge records.
 
@@ -135,7 +136,7 @@ def _prepared_lines(prepared: "Prepared") -> Iterator[str]:
 @click.option("--adopt", is_flag=True, help="Take up files that the record doesn't name, if their own sidecars do.")
 @click.option("--offline", is_flag=True, help="Don't fetch the branch first.")
 @_report
-@common
+@json_option
 def restore(run: str, remote: str | None, branch: str | None, adopt: bool, offline: bool, report: Path | None) -> None:
     """Merge in the record that the branch has by now, and verify every checkpoint file against it.
 
@@ -174,7 +175,7 @@ def _restored_lines(restored: "Restored") -> Iterator[str]:
 @progress.command(short_help="Make the page, the summaries and the charts anew.")
 @_runs
 @_report
-@common
+@json_option
 def summarize(runs: tuple[str, ...], report: Path | None) -> None:
     """Make the page, the summaries and the charts anew from the records that are here. Commits nothing.
 
@@ -229,7 +230,7 @@ def _run_lines(views: "Sequence[RunView]") -> Iterator[str]:
 @_where
 @click.option("--no-push", is_flag=True, help="Commit to the branch of this clone only.")
 @_report
-@common
+@json_option
 def commit(runs: tuple[str, ...], remote: str | None, branch: str | None, no_push: bool, report: Path | None) -> None:
     """Merge the records with those that others have pushed, make what is made of them anew, commit and push.
 
@@ -271,7 +272,7 @@ def _committed_lines(done: "Committed") -> Iterator[str]:
     "--max-records", type=click.IntRange(min=0), metavar="N", help="Records beyond the newest N of each kind."
 )
 @click.option("--yes", is_flag=True, help="Do it; without this, only say what would go.")
-@common
+@json_option
 def clean(runs: tuple[str, ...], older_than: float | None, max_records: int | None, yes: bool) -> None:
     """Take the records of old checkpoints and sessions out; without --yes, only say which would go.
 
@@ -321,7 +322,7 @@ def _cleaning_lines(done: "Sequence[Cleaning]", *, dry_run: bool) -> Iterator[st
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("ours", type=click.Path(path_type=Path))
 @click.argument("theirs", type=click.Path(path_type=Path))
-@common
+@json_option
 def merge_driver(base: Path, ours: Path, theirs: Path) -> None:
     """Merge two versions of a metadata.json by record, and leave the result in OURS. Git calls this: see `init`.
 

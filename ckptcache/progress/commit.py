@@ -24,6 +24,7 @@ from ckptcache.progress.setup import standing_files
 from ckptcache.progress.summarize import write_changed
 from ckptcache.progress.target import Target, find_target
 from ckptcache.progress.views import RunView, view_of
+from ckptcache.storage import fs
 from ckptcache.storage.index import read_index_bytes
 
 log = logging.getLogger("ckptcache")
@@ -58,7 +59,7 @@ class Committed:
             "commit": self.commit,
             "pushed_to": self.pushed_to,
             "attempts": self.attempts,
-            "message": self.message,
+            "message": self.message if self.commit else None,
             "runs": [view.name for view in self.views],
             "notes": self.notes,
         }
@@ -186,6 +187,7 @@ class _Committing:
         bundle = self.folder.root / f"unpushed-{made[:12]}.bundle"
         # A bundle holds names, and a name of its own says in every clone what it is.
         self.repository.point(UNPUSHED, made)
+        fs.ensure_folder(bundle.parent)
         self.repository.bundle(bundle, UNPUSHED, known=[c for c in known if c != made])
         return PushFailed(
             remote=self.target.remote,

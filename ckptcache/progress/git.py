@@ -192,7 +192,7 @@ class Repository:
         if answer.code == 0:
             return
         rejected = [line.split("\t")[2] for line in answer.out.decode().splitlines() if line.startswith("!\t")]
-        trouble = _trouble("\n".join([*rejected, answer.err]))
+        trouble = _trouble(answer.err, *rejected)
         # Who answers at all and has nothing against it was asked by somebody else first, in one of many words.
         raise Outrun(rejected[0]) if rejected and isinstance(trouble, Unreachable) else trouble
 
@@ -240,7 +240,6 @@ class Repository:
 
     def bundle(self, path: Path, ref: str, *, known: Sequence[str]) -> None:
         """Write what `ref` has beyond the commits `known` into a file that `git fetch` reads. Raises GitFailed."""
-        path.parent.mkdir(exist_ok=True)
         self._ask("bundle", "create", "--quiet", str(path.absolute()), ref, *(f"^{commit}" for commit in known))
 
     def point(self, ref: str, commit: str) -> None:
@@ -281,10 +280,12 @@ class Repository:
 # --- reading what git says -----------------------------------------------------------------------
 
 
-def _trouble(said: str) -> Unreachable | Refused:
-    reason = _reason(said) or "git gave no reason"
-    refused = any(word in said.lower() for word in _REFUSED)
-    return Refused(reason) if refused else Unreachable(reason)
+def _trouble(said: str, *rejected: str) -> Unreachable | Refused:
+    """What kind of failure it is. Of a rejection, what the remote's own hooks printed tells more than git does."""
+    theirs = [line.removeprefix("remote:").strip() for line in said.splitlines() if line.startswith("remote:")]
+    reason = ": ".join([*rejected[:1], *filter(None, theirs[:2])]) if rejected else _reason(said)
+    refused = any(word in "\n".join([said, *rejected]).lower() for word in _REFUSED)
+    return (Refused if refused else Unreachable)(reason or "git gave no reason")
 
 
 def _reason(said: str) -> str:

@@ -26,7 +26,8 @@ def test_ids_and_names_are_completed(cache):
 
 
 def test_commands_and_options_are_completed(cache):
-    assert complete(cache.folder, "pr") == ["prune"]
+    assert complete(cache.folder, "pru") == ["prune"]
+    assert complete(cache.folder, "progress", "re") == ["restore"]
     assert "--dry-run" in complete(cache.folder, "prune", "--d")
 
 

@@ -105,6 +105,9 @@ def test_every_command_has_help_with_an_example():
         assert f"ckptcache {name} " in text
         assert "Example:\n" in text, name
         assert "--json" in text or name == "completion"
+    for name, command in main.commands["progress"].commands.items():
+        assert "--json" in ckptcache_cli("progress", name, "--help").stdout
+        assert command.short_help
     assert "..." not in ckptcache_cli("--help").stdout.split("Options:")[1]
 
 
