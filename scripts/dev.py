@@ -39,7 +39,8 @@ from typing import Any, Literal, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "ckptcache-setup.json"
-EXTRAS = ("test", "lint")
+MODULES = ("test", "lint")
+EXTRAS = (*MODULES, "workflows")
 MOST_WORKERS = 8
 TAIL_LINES = 30
 
@@ -437,7 +438,7 @@ def setup(rest: list[str], verbose: bool) -> int:
     unknown = [argument for argument in rest if argument not in ("-v", "--verbose")]
     if unknown:
         raise Problem(f"setup takes no argument but -v, and got {unknown[0]!r}.", 2)
-    python = interpreter(EXTRAS, verbose or bool(rest))
+    python = interpreter(MODULES, verbose or bool(rest))
     say(f"ready: {python.path}")
     return 0
 
@@ -456,7 +457,8 @@ def train(rest: list[str], verbose: bool) -> int:
 
 def test(rest: list[str], verbose: bool) -> int:
     everything = "--all" in rest
-    python = interpreter(EXTRAS if everything else ("test",), verbose)
+    # Of an interpreter that is used as it is, programs that only some tests start aren't asked for.
+    python = interpreter(MODULES if everything else ("test",), verbose)
     if everything:
         if _lint(python):
             raise Problem("the tests were not run, because lint failed (see above).")

@@ -30,6 +30,7 @@ dependencies = {dependencies}
 [project.optional-dependencies]
 test = []
 lint = []
+workflows = []
 """
 BACKEND = """\
 import base64, hashlib, pathlib, zipfile
@@ -39,7 +40,7 @@ def get_requires_for_build_editable(settings=None):
 
 def build_editable(folder, settings=None, metadata=None):
     name, info = "ckptcache-0.1-py3-none-any.whl", "ckptcache-0.1.dist-info"
-    about = "Metadata-Version: 2.1\\nName: ckptcache\\nVersion: 0.1\\nProvides-Extra: test\\nProvides-Extra: lint\\n"
+    about = "Metadata-Version: 2.1\\nName: ckptcache\\nVersion: 0.1\\nProvides-Extra: test\\nProvides-Extra: lint\\nProvides-Extra: workflows\\n"
     wheel = "Wheel-Version: 1.0\\nGenerator: backend\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
     files = {"ckptcache.pth": str(pathlib.Path.cwd()), f"{info}/METADATA": about, f"{info}/WHEEL": wheel}
     record = ""
@@ -428,6 +429,21 @@ def test_what_the_chosen_interpreter_lacks_is_told_in_a_sentence(tmp_path):
     for part in ("pytest-timeout>=99.5 (it has", "no-such-thing, nor-this"):
         assert part in done.stderr
     assert "pytest>=1.0" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("setup",), ("test", "--all")])
+def test_programs_for_the_workflows_are_not_asked_of_the_chosen_interpreter(project, arguments):
+    pyproject = project / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace("workflows = []", 'workflows = ["no-such-program"]'))
+    done = run(project, *arguments, CKPTCACHE_PYTHON=sys.executable)
+    assert "no-such-program" not in done.stderr
+
+
+def test_what_setup_installs_is_what_the_project_declares():
+    extras = dev.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*dev.EXTRAS} <= {*extras}
+    # Elsewhere there are no wheels of them, and the setup must not break for that.
+    assert all("; sys_platform == 'linux' and platform_machine == 'x86_64'" in line for line in extras["workflows"])
 
 
 @pytest.mark.parametrize("name", ["no-such-python", "true"])
