@@ -209,7 +209,11 @@ class _Committing:
         made = {**standing_files(self.folder), **self._records()}
         for run, view in zip(self.runs, self.views, strict=True):
             made |= run_files(run, view)
-        made |= page_file(self.folder, [*self.views, *self._others(parent)])
+        others = self._others(parent)
+        charts = {run.name for run in self.runs if run.chart in made}
+        charts |= {v.name for v in others if self.repository.relative(self.folder.run(v.name).chart) in self.there}
+        name = self.repository.relative(self.folder.root)
+        made |= page_file(self.folder, name, [*self.views, *others], charts)
         write_changed(made)
         self.files = {self.repository.relative(path): content for path, content in made.items()}
         changed = {path: content for path, content in self.files.items() if self._committed(path) != content}
