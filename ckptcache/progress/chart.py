@@ -81,7 +81,7 @@ def _figure(view: RunView, drawn: Sequence[tuple[SessionRecord, Points]]) -> "Fi
     _draw_newest(axes, view, newest, most=_POINTS_WHEN_CROWDED if is_crowded else _POINTS)
     _draw_lowest(axes, view, drawn)
     _scale(axes, [value for _, found in drawn for _, value in found])
-    _legend(axes, len(older))
+    _legend(axes, len(older), has_resumed=any(s.parent is not None for s, _ in newest))
     if is_crowded:
         _draw_inset(figure, view, newest)
     return figure
@@ -186,7 +186,7 @@ def _is_logarithmic(values: Sequence[float]) -> bool:
     return min(values) > 1e-12 and max(values) / min(values) > _LOG_FROM
 
 
-def _legend(axes: "Axes", older: int) -> None:
+def _legend(axes: "Axes", older: int, has_resumed: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
@@ -195,8 +195,8 @@ def _legend(axes: "Axes", older: int) -> None:
     shown = [words.count(older, "older session") if label == "older" else label for label in order]
     resumed = Line2D([], [], ls="", marker="o", color=_INK, ms=5, mfc="white", mew=1.4)
     axes.legend(
-        [*(named[label] for label in order), resumed],
-        [*shown, "resumed here"],
+        [*(named[label] for label in order), *[resumed] * has_resumed],
+        [*shown, *["resumed here"] * has_resumed],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.02),
         frameon=False,

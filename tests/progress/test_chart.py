@@ -41,6 +41,10 @@ def test_the_picture_names_the_newest_sessions_the_lowest_loss_and_how_many_are_
     assert {"iteration", "val loss", "resumed here"} <= set(shown)
 
 
+def test_a_fresh_start_is_not_marked_as_resumed():
+    assert "resumed here" not in texts(chart.svg(run(1)))
+
+
 def test_the_newest_of_many_sessions_are_drawn_once_more_where_there_is_room():
     assert "the newest sessions" in texts(chart.svg(run(40)))
     assert "the newest sessions" not in texts(chart.svg(run(8)))
