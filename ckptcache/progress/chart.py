@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 COLOURS = ("#0969da", "#d1570a", "#1a7f37", "#8250df", "#bf3989", "#9a6700")
 """Of the newest sessions, the newest first."""
 _OLDER, _INK, _GRID = "#b4bcc5", "#424a53", "#e6eaee"
-_POINTS, _OLDER_POINTS, _OLDER_TOTAL, _TRAIN_POINTS, _STEPS = 60, 30, 480, 25, 50
+_POINTS, _OLDER_POINTS, _OLDER_TOTAL, _TRAIN_POINTS, _STEPS = 55, 30, 420, 20, 40
+_POINTS_WHEN_CROWDED = 8
+_CROWDED = 0.35
+"""Below this share of the width, the newest sessions are drawn once more by themselves."""
+_FREE_FROM, _FREE_ABOVE = 0.42, 0.45
+"""Shares of width and height from which on nothing may lie where they are drawn."""
 _LOG_FROM = 20.0
 """From this ratio of the highest loss to the lowest on, the scale is logarithmic."""
 _SETTINGS: Any = {
@@ -30,6 +35,7 @@ _SETTINGS: Any = {
     "path.simplify": False,
     "text.parse_math": False,
     "font.size": 9.0,
+    "axes.titlesize": 9.0,
     "axes.unicode_minus": False,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -70,20 +76,51 @@ def _figure(view: RunView, drawn: Sequence[tuple[SessionRecord, Points]]) -> "Fi
     figure = Figure(figsize=(8.8, 3.7), facecolor="white")
     axes = figure.add_axes((0.07, 0.13, 0.7, 0.82))
     newest, older = drawn[: len(COLOURS)], drawn[len(COLOURS) :]
+    is_crowded = _needs_inset(newest, drawn)
     _draw_older(axes, [found for _, found in older])
-    short = words.short_ids([s.id for s, _ in newest], view.index.sessions)
-    for (session, found), colour in reversed(list(zip(newest, COLOURS, strict=False))):
-        _draw_session(axes, session, found, colour, _ascii(short[session.id]), session is drawn[0][0])
+    _draw_newest(axes, view, newest, most=_POINTS_WHEN_CROWDED if is_crowded else _POINTS)
     _draw_lowest(axes, view, drawn)
     _scale(axes, [value for _, found in drawn for _, value in found])
-    _legend(axes, len(older))
+    _legend(axes, len(older), has_resumed=any(s.parent is not None for s, _ in newest))
+    if is_crowded:
+        _draw_inset(figure, view, newest)
     return figure
+
+
+def _needs_inset(newest: Sequence[tuple[SessionRecord, Points]], drawn: Sequence[tuple[SessionRecord, Points]]) -> bool:
+    """Whether the newest sessions are too narrow to be told apart, and the upper right is free to draw them there."""
+    whole = [point for _, found in drawn for point in found]
+    recent = [i for _, found in newest for i, _ in found]
+    start, end = min(i for i, _ in whole), max(i for i, _ in whole)
+    values = [value for _, value in whole]
+    scale = math.log if _is_logarithmic(values) else float
+    floor = scale(min(values)) + _FREE_ABOVE * (scale(max(values)) - scale(min(values)))
+    is_free = all(i < start + _FREE_FROM * (end - start) or scale(value) < floor for i, value in whole)
+    return is_free and max(recent) - min(recent) < _CROWDED * (end - start)
+
+
+def _draw_newest(
+    axes: "Axes", view: RunView, newest: Sequence[tuple[SessionRecord, Points]], *, most: int = _POINTS
+) -> None:
+    short = words.short_ids([s.id for s, _ in newest], view.index.sessions)
+    for (session, found), colour in reversed(list(zip(newest, COLOURS, strict=False))):
+        _draw_session(axes, session, found, colour, _ascii(short[session.id]), session is newest[0][0], most)
+
+
+def _draw_inset(figure: "Figure", view: RunView, newest: Sequence[tuple[SessionRecord, Points]]) -> None:
+    """The newest sessions once more, larger: where loss falls, the upper right is free."""
+    axes = figure.add_axes((0.39, 0.5, 0.37, 0.42))
+    _draw_newest(axes, view, newest)
+    _scale(axes, [value for _, found in newest for _, value in found], ticks=4)
+    axes.set(xlabel="", ylabel="", title="the newest sessions")
 
 
 def _draw_older(axes: "Axes", curves: Sequence[Points]) -> None:
     """All in one path, which takes a fraction of the bytes."""
     if not curves:
         return
+    # Of more than the picture is wide in points, every second or third looks the same.
+    curves = curves[:: 1 + len(curves) // _OLDER_TOTAL]
     each = max(2, min(_OLDER_POINTS, _OLDER_TOTAL // len(curves)))
     gap = (math.nan, math.nan)
     path = list(chain.from_iterable((*_line(found, each), gap) for found in curves))
@@ -91,13 +128,13 @@ def _draw_older(axes: "Axes", curves: Sequence[Points]) -> None:
 
 
 def _draw_session(
-    axes: "Axes", session: SessionRecord, found: Points, colour: str, label: str, is_newest: bool
+    axes: "Axes", session: SessionRecord, found: Points, colour: str, label: str, is_newest: bool, most: int
 ) -> None:
-    if train := _within(losses.points(session, "loss"), found):
+    if most == _POINTS and (train := _within(losses.points(session, "loss"), found)):
         axes.plot(*zip(*thin(train, _TRAIN_POINTS), strict=True), color=colour, lw=0.8, alpha=0.25)
     width = 2.2 if is_newest else 1.4
-    axes.plot(*zip(*_line(found, _POINTS), strict=True), color=colour, lw=width, solid_capstyle="round", label=label)
-    if session.parent is not None:
+    axes.plot(*zip(*_line(found, most), strict=True), color=colour, lw=width, solid_capstyle="round", label=label)
+    if most == _POINTS and session.parent is not None:
         axes.plot(*found[0], "o", color=colour, ms=5, mfc="white", mew=1.4, zorder=4)
 
 
@@ -126,7 +163,7 @@ def _draw_lowest(axes: "Axes", view: RunView, drawn: Sequence[tuple[SessionRecor
     axes.plot(xs, ys, color=_INK, lw=1.0, ls=(0, (4, 2)), drawstyle="steps-post", label=label, zorder=3)
 
 
-def _scale(axes: "Axes", values: Sequence[float]) -> None:
+def _scale(axes: "Axes", values: Sequence[float], ticks: int = 8) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if min(values) > 1e-12 and max(values) / min(values) > _LOG_FROM:
@@ -134,7 +171,7 @@ def _scale(axes: "Axes", values: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e9 else f"{value:.4g}"))
     axes.minorticks_off()
     axes.tick_params(length=0)
@@ -145,7 +182,11 @@ def _scale(axes: "Axes", values: Sequence[float]) -> None:
     axes.set_ylabel("val loss")
 
 
-def _legend(axes: "Axes", older: int) -> None:
+def _is_logarithmic(values: Sequence[float]) -> bool:
+    return min(values) > 1e-12 and max(values) / min(values) > _LOG_FROM
+
+
+def _legend(axes: "Axes", older: int, has_resumed: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
@@ -154,8 +195,8 @@ def _legend(axes: "Axes", older: int) -> None:
     shown = [words.count(older, "older session") if label == "older" else label for label in order]
     resumed = Line2D([], [], ls="", marker="o", color=_INK, ms=5, mfc="white", mew=1.4)
     axes.legend(
-        [*(named[label] for label in order), resumed],
-        [*shown, "resumed here"],
+        [*(named[label] for label in order), *[resumed] * has_resumed],
+        [*shown, *["resumed here"] * has_resumed],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.02),
         frameon=False,
@@ -188,8 +229,10 @@ def _compact(text: str) -> bytes:
     """A third of the bytes: a tenth of a point is finer than a screen, and one font family is enough."""
     text = _COORDINATES.sub(lambda found: f' {found[1]}="{_rounded(found[2])}"', text)
     text = _FONTS.sub("sans-serif", text)
-    text = re.sub(r' transform="rotate\(0 [^"]*"|(?<=<g) id="[^"]*"', "", text)
-    return re.sub(r"\n +", "\n", text).encode()
+    text = re.sub(r' transform="rotate\(0 [^"]*"|(?<=<g) id="[^"]*"| clip-path="[^"]*"', "", text)
+    # Whatever is drawn lies within the axes.
+    text = re.sub(r"<clipPath.*?</clipPath>|<g/>", "", text, flags=re.DOTALL)
+    return re.sub(r"\n\s+", "\n", text).encode()
 
 
 def _rounded(coordinates: str) -> str:

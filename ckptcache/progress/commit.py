@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ckptcache.errors import CkptCacheError, GitFailed, ProgressNotFound, PushFailed, RunNotFound
@@ -206,11 +205,18 @@ class _Committing:
         self.there = self.repository.files(parent, self.repository.relative(self.folder.root)) if parent else {}
         changes = [self._merge(run, parent) for run in self.runs]
         self.views = [change.after for change in changes]
-        made = {**standing_files(self.folder), **self._records()}
+        records = [(run, read_index_bytes(run.index)) for run in self.runs if run.index.exists()]
+        made = standing_files(self.folder)
         for run, view in zip(self.runs, self.views, strict=True):
             made |= run_files(run, view)
-        made |= page_file(self.folder, [*self.views, *self._others(parent)])
+        others = self._others(parent)
+        charts = {run.name for run in self.runs if run.chart in made}
+        charts |= {v.name for v in others if self.repository.relative(self.folder.run(v.name).chart) in self.there}
+        name = self.repository.relative(self.folder.root)
+        made |= page_file(self.folder, name, [*self.views, *others], charts)
         write_changed(made)
+        # The records are only read: a training that goes on may have written a newer one since.
+        made |= {run.index: content for run, content in records}
         self.files = {self.repository.relative(path): content for path, content in made.items()}
         changed = {path: content for path, content in self.files.items() if self._committed(path) != content}
         self.message = commit_message(changes)
@@ -238,9 +244,6 @@ class _Committing:
         note = f"the record of {run.name} was mended: {how}"
         if how and note not in self.notes:
             self.notes.append(note)
-
-    def _records(self) -> dict[Path, bytes]:
-        return {run.index: read_index_bytes(run.index) for run in self.runs if run.index.exists()}
 
     def _others(self, parent: str | None) -> list[RunView]:
         """The runs that aren't committed now, as the page's new version is to show them."""

@@ -16,9 +16,15 @@ AVAILABLE = "available"
 """In a summary: ids of the checkpoints whose files are kept where it was written."""
 
 
-def page_file(folder: ProgressFolder, views: Iterable[RunView]) -> dict[Path, bytes]:
-    """`README.md` over all runs."""
-    return {folder.page: page.readme(sorted(views, key=lambda v: v.name)).encode()}
+def page_file(folder: ProgressFolder, name: str, views: Iterable[RunView], charts: set[str]) -> dict[Path, bytes]:
+    """`README.md` over all runs.
+
+    Args:
+        name: what the folder is called in its repository.
+        charts: the runs whose chart is there.
+    """
+    ordered = sorted(views, key=lambda v: v.name)
+    return {folder.page: page.readme(ordered, charts=charts, folder=name).encode()}
 
 
 def run_files(run: Run, view: RunView) -> dict[Path, bytes]:

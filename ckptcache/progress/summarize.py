@@ -4,8 +4,10 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ckptcache.errors import NotARepository
 from ckptcache.progress.derived import available_in, page_file, run_files
 from ckptcache.progress.folder import ProgressFolder, Run
+from ckptcache.progress.git import Repository
 from ckptcache.progress.restore import open_ledger
 from ckptcache.progress.views import RunView, view_of
 from ckptcache.storage import fs
@@ -19,11 +21,20 @@ def summarize(folder: ProgressFolder, runs: Sequence[Run]) -> list[RunView]:
     Raises IndexDamaged or CacheDirNotWritable.
     """
     views = {run.name: local_view(run) for run in folder.runs()}
-    files = page_file(folder, views.values())
+    files: dict[Path, bytes] = {}
     for run in runs:
         files |= run_files(run, views[run.name])
-    write_changed(files)
+    charts = {run.name for run in folder.runs() if run.chart in files or run.chart.exists()}
+    write_changed(files | page_file(folder, _name(folder), views.values(), charts))
     return [views[run.name] for run in runs]
+
+
+def _name(folder: ProgressFolder) -> str:
+    """What the folder is called in its repository; outside of one, its own name."""
+    try:
+        return Repository.around(folder.root).relative(folder.root)
+    except NotARepository:
+        return folder.root.resolve().name
 
 
 def local_view(run: Run) -> RunView:

@@ -4,6 +4,7 @@ import random
 import pytest
 
 from ckptcache.errors import NoBranch, ProgressNotFound, PushFailed, RunNotFound
+from ckptcache.progress import commit as committing
 from ckptcache.progress.commit import commit, delays
 from ckptcache.progress.git import Repository
 from ckptcache.progress.restore import open_ledger
@@ -280,6 +281,22 @@ def test_the_token_goes_to_its_own_server_only(clone, monkeypatch):
     assert "s3cret" not in str(given)
     git(clone, "remote", "set-url", "origin", "https://git.example.org/a/b.git")
     assert repository._access("origin") == given
+
+
+def test_a_training_that_goes_on_meanwhile_loses_nothing(origin, clone, monkeypatch):
+    train(clone)
+    later, make_page = [], committing.page_file
+
+    def page_while_training_goes_on(*given):
+        if not later:
+            later.append(train(clone, [1.0]))
+        return make_page(*given)
+
+    monkeypatch.setattr(committing, "page_file", page_while_training_goes_on)
+    commit(folder(clone))
+    assert set(later[0].ids) < set(open_ledger(run_of(clone)).view().index.checkpoints)
+    commit(folder(clone))
+    assert set(later[0].ids) < set(committed(origin).checkpoints)
 
 
 def test_waiting_grows_and_never_falls_together():
