@@ -40,7 +40,8 @@ def get_requires_for_build_editable(settings=None):
 
 def build_editable(folder, settings=None, metadata=None):
     name, info = "ckptcache-0.1-py3-none-any.whl", "ckptcache-0.1.dist-info"
-    about = "Metadata-Version: 2.1\\nName: ckptcache\\nVersion: 0.1\\nProvides-Extra: test\\nProvides-Extra: lint\\nProvides-Extra: workflows\\n"
+    about = "Metadata-Version: 2.1\\nName: ckptcache\\nVersion: 0.1\\n"
+    about += "".join(f"Provides-Extra: {name}\\n" for name in ("test", "lint", "workflows"))
     wheel = "Wheel-Version: 1.0\\nGenerator: backend\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
     files = {"ckptcache.pth": str(pathlib.Path.cwd()), f"{info}/METADATA": about, f"{info}/WHEEL": wheel}
     record = ""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults import wait_until
-from tests.workflows.acting import Github, git
+from tests.workflows.acting import TOKEN, Github, git
 from tests.workflows.foreign import RUN, WORKFLOW, block, changed, publish
 
 pytestmark = pytest.mark.campaign
@@ -97,9 +97,6 @@ def test_a_cancellation_reaches_the_training_and_loses_nothing_that_is_saved(git
 
 def test_its_minutes_end_a_training_that_has_no_end_of_its_own(github: Github) -> None:
     endless = changed(block("python"), "session_iters=20", "")
-    endless = changed(
-        endless, "import torch\n", "import os\nimport torch\nprint('limit', os.environ['CKPTCACHE_MAX_SECONDS'])\n"
-    )
     # A second for a minute.
     action = github.folder / "ckptcache/.github/actions/cached-training/action.yml"
     action.write_text(changed(action.read_text(), "MAX_MINUTES * 60", "MAX_MINUTES / 60"))
@@ -107,8 +104,22 @@ def test_its_minutes_end_a_training_that_has_no_end_of_its_own(github: Github) -
     ended = github.run(WORKFLOW)
 
     assert ended.code == 0, ended.log
-    assert "limit 1" in ended.log
     assert github.summary(RUN)["stop_reason"] == "max_seconds"
+
+
+def test_the_training_is_given_its_folder_and_its_seconds_and_no_token(github: Github) -> None:
+    show = "import os\nprint('seen:', sorted(os.environ.items()))\n"
+    publish(github, script=show + block("python"))
+    ended = github.run(WORKFLOW)
+
+    assert ended.code == 0, ended.log
+    seen = next(line for line in ended.log.splitlines() if "seen:" in line)
+    assert "('CKPTCACHE_MAX_SECONDS', '3600')" in seen
+    assert re.search(rf"\('CKPTCACHE_DIR', '/[^']*/\.training-progress/{RUN}/cache'\)", seen)
+    assert TOKEN not in seen
+    assert "GITHUB_TOKEN" not in seen
+    # It is there all the same, for the steps that fetch and push.
+    assert TOKEN not in git(github.origin, "log", "-p", "main")
 
 
 def test_files_that_the_record_does_not_vouch_for_are_never_loaded(github: Github, tmp_path: Path) -> None:
