@@ -30,6 +30,16 @@ trap 'cat "$GITHUB_STEP_SUMMARY" >>"$STAND_INS/summaries/$GITHUB_RUN_ID-$GITHUB_
 """
 
 
+def search_path() -> str:
+    """Where programs are looked for: beside this Python, which is where act and zizmor are installed, and then PATH."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def has(program: str) -> bool:
+    """Whether `program` is there."""
+    return shutil.which(program, path=search_path()) is not None
+
+
 def copy_of_sources(folder: Path) -> Path:
     """The project as it stands here, in `folder`."""
     folder.mkdir(parents=True)
@@ -160,7 +170,7 @@ class Github:
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
         own = {
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": search_path(),
             "PYTHONPATH": str(ROOT),
             "HOME": str(home),
             "XDG_CACHE_HOME": str(home / "cache"),

