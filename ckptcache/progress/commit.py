@@ -201,7 +201,8 @@ class _Committing:
 
     def _make(self, parent: str | None) -> None:
         """Merge with what `parent` holds, and commit on it, if that changes anything."""
-        self.there = self.repository.files(parent, self.repository.relative(self.folder.root)) if parent else {}
+        below = self.repository.relative(self.folder.root.resolve())
+        self.there = self.repository.files(parent, below) if parent else {}
         changes = [self._merge(run, parent) for run in self.runs]
         self.views = [change.after for change in changes]
         made = {**standing_files(self.folder), **self._records()}

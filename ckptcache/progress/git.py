@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ckptcache.errors import GitFailed, NotARepository
+from ckptcache.storage import fs
 
 TIMEOUT = 300.0
 """Seconds for one command; a network that answers nothing must not keep a job until its own limit."""
@@ -76,7 +77,8 @@ class Repository:
     def relative(self, path: Path) -> str:
         """`path` as git writes it. Raises NotARepository when it lies outside."""
         try:
-            return path.resolve().relative_to(self.root.resolve()).as_posix()
+            # Not where `path` itself may lead as a link: it is the name that git holds.
+            return (path.parent.resolve() / path.name).relative_to(self.root.resolve()).as_posix()
         except ValueError as error:
             raise NotARepository(path=path, reason=f"it is outside of {self.root}") from error
 
@@ -233,7 +235,7 @@ class Repository:
 
     def bundle(self, path: Path, ref: str, *, known: Sequence[str]) -> None:
         """Write what `ref` has beyond the commits `known` into a file that `git fetch` reads. Raises GitFailed."""
-        path.parent.mkdir(exist_ok=True)
+        fs.ensure_folder(path.parent)
         self._ask("bundle", "create", "--quiet", str(path.absolute()), ref, *(f"^{commit}" for commit in known))
 
     def point(self, ref: str, commit: str) -> None:

@@ -39,7 +39,7 @@ def read(data: bytes, path: Path, older: Callable[[], Iterable[tuple[str, bytes]
     try:
         return Record(parse(data, path))
     except IndexDamaged as error:
-        return _from_sides(data, path) or _from_history(older(), path, error)
+        return _from_sides(data, path) or from_history(older(), path, error)
 
 
 def _from_sides(data: bytes, path: Path) -> Record | None:
@@ -69,7 +69,8 @@ def _side(lines: Iterable[bytes], wanted: bytes) -> Iterator[bytes]:
             part = b"" if marker[1] == b">>>>>>>" else marker[1]
 
 
-def _from_history(older: Iterable[tuple[str, bytes]], path: Path, error: IndexDamaged) -> Record:
+def from_history(older: Iterable[tuple[str, bytes]], path: Path, error: IndexDamaged) -> Record:
+    """The newest of `older` that is whole, in the place of what `error` tells of; raises `error` if none is."""
     for name, data in older:
         index = _or_none(data, path)
         if index is not None:
