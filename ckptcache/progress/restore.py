@@ -148,9 +148,12 @@ def _committed(run: Run, remote: str | None, branch: str | None, offline: bool, 
         return _Committed(_repository_or_none(run))
     tip = None if offline else _fetch(target, notes)
     repository = target.repository
-    record, note = record_at(repository, tip or repository.head(), run.index)
-    notes += [note] if note else []
-    return _Committed(repository, record, base_of(repository, tip, run.index))
+    try:
+        record, note = record_at(repository, tip or repository.head(), run.index)
+        notes += [note] if note else []
+        return _Committed(repository, record, base_of(repository, tip, run.index))
+    finally:
+        repository.forget_fetched()
 
 
 def _repository_or_none(run: Run) -> Repository | None:

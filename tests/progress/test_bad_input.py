@@ -4,7 +4,11 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import orjson
@@ -14,13 +18,15 @@ from click.testing import CliRunner, Result
 
 from ckptcache.cache import TrainingCache
 from ckptcache.cli import main
-from ckptcache.errors import CacheDirNotWritable, IndexTooNew
+from ckptcache.errors import CacheDirNotWritable, IndexTooNew, PushFailed
 from ckptcache.progress import commit as committing
-from ckptcache.progress.commit import commit
+from ckptcache.progress import git as running_git
+from ckptcache.progress.commit import UNPUSHED, commit
 from ckptcache.progress.restore import restore
 from ckptcache.storage.index import MAX_INDEX_BYTES, Index, parse
 from ckptcache.storage.layout import Layout
-from tests.caches import flip, listing, temporary_files
+from tests.caches import NOBODY, as_nobody, flip, let_in, listing, temporary_files
+from tests.conftest import requires
 from tests.progress import repos
 
 RECORD = f".training-progress/{repos.RUN}/cache/metadata.json"
@@ -635,3 +641,574 @@ def test_a_cache_that_is_a_link_to_somewhere_else_is_refused(trained, sentinel):
         assert result.exit_code != 0
         assert "outside" in said(result) or "link" in said(result)
         assert listing(sentinel) == outside
+
+
+# --- a remote that will not, or can not -----------------------------------------------------------
+
+
+def brought_in(origin: Path, folder: Path, error: str) -> Index:
+    """The record of a bundle, in a clone that knows nothing of the one that made it."""
+    bundle = re.search(r"`git fetch (\S+) (\S+)`", error)
+    assert bundle is not None, error
+    assert bundle[2] == UNPUSHED
+    other = repos.clone(origin, folder)
+    repos.git(other, "fetch", "-q", bundle[1], UNPUSHED)
+    return parse(repos.git(other, "show", f"FETCH_HEAD:{RECORD}").encode(), Path(RECORD))
+
+
+def expect_bundle(result: Result, clone: Path, origin: Path, reason: str) -> None:
+    """It ended with 1 and says why, and the commit can be brought in elsewhere."""
+    assert result.exit_code == PushFailed.exit_code
+    assert re.search(reason, said(result)), said(result)
+    assert "Nothing is lost" in said(result)
+    no_trace(clone)
+    repos.git(clone, "fsck", "--strict")
+    assert brought_in(origin, clone.parent / "elsewhere", said(result)) == here(clone)
+
+
+def reject_pushes(origin: Path) -> None:
+    hook = origin / "hooks" / "pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\necho 'no pushes today' >&2\nexit 1\n")
+    hook.chmod(0o755)
+
+
+def test_a_declined_push_leaves_a_bundle_and_counts_later(trained, origin):
+    tip = repos.git(origin, "rev-parse", "main")
+    reject_pushes(origin)
+    ids = {*here(trained).checkpoints, *repos.train(trained).ids}
+    result = tool(trained, "commit")
+    expect_bundle(result, trained, origin, "after 1 attempt .*(declined|no pushes today)")
+    assert repos.git(origin, "rev-parse", "main") == tip
+    assert "unpushed" not in repos.git(trained, "status", "--short"), "a bundle is no part of the record"
+    (origin / "hooks" / "pre-receive").unlink()
+    assert tool(trained, "commit").exit_code == 0
+    assert repos.committed(origin).checkpoints.keys() == ids
+
+
+def test_who_may_not_write_to_the_repository_gets_a_bundle(trained, origin, tmp_path):
+    requires("root")
+    repos.train(trained)
+    for path in (trained, origin):
+        for each in (path, *path.rglob("*")):
+            os.chown(each, NOBODY, NOBODY, follow_symlinks=False)
+            if path == origin:
+                each.chmod(each.stat().st_mode & ~0o222)
+    let_in(tmp_path)
+    output = tmp_path / "said"
+    output.touch()
+    output.chmod(0o666)
+
+    def body() -> None:
+        result = tool(trained, "commit")
+        output.write_text(f"{result.exit_code} {said(result)}")
+
+    assert as_nobody(body) == 0
+    code, _, text = output.read_text().partition(" ")
+    assert code == "1", text
+    assert re.search(r"after 1 attempt .*(ermission|unable to create|read-only)", text), text
+    for each in (origin, *origin.rglob("*")):
+        os.chown(each, 0, 0)
+    shutil.copytree(origin, tmp_path / "copy.git")
+    for each in (trained, *trained.rglob("*")):
+        os.chown(each, 0, 0, follow_symlinks=False)
+    assert brought_in(tmp_path / "copy.git", tmp_path / "elsewhere", text) == here(trained)
+
+
+def closed_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def test_without_a_network_it_ends_in_bounded_time_with_a_bundle(trained, origin):
+    ids = {*here(trained).checkpoints, *repos.train(trained).ids}
+    repos.git(trained, "remote", "set-url", "origin", f"git://127.0.0.1:{closed_port()}/repository.git")
+    began = time.monotonic()
+    restored = tool(trained, "restore", repos.RUN)
+    assert restored.exit_code == 0
+    assert "main of origin could not be fetched" in said(restored)
+    result = tool(trained, "commit")
+    assert time.monotonic() - began < 30
+    expect_bundle(result, trained, origin, "after 4 attempts .*(refused|unable to connect)")
+    repos.git(trained, "remote", "set-url", "origin", origin.as_uri())
+    assert tool(trained, "commit").exit_code == 0
+    assert repos.committed(origin).checkpoints.keys() == ids
+
+
+def test_a_remote_that_never_answers_is_given_up(trained, origin, impatient, monkeypatch):
+    repos.train(trained)
+    monkeypatch.setattr(running_git, "TIMEOUT", 1.0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        repos.git(trained, "remote", "set-url", "origin", f"git://127.0.0.1:{listener.getsockname()[1]}/repository.git")
+        began = time.monotonic()
+        result = tool(trained, "commit")
+        assert time.monotonic() - began < 15
+    expect_bundle(result, trained, origin, "no answer within 1 seconds")
+
+
+def test_a_remote_that_is_gone_is_named(trained, origin, tmp_path):
+    repos.train(trained)
+    origin.rename(tmp_path / "elsewhere.git")
+    result = tool(trained, "commit")
+    expect_bundle(result, trained, tmp_path / "elsewhere.git", "origin after 1 attempt .*does not (exist|appear)")
+
+
+def test_the_bundle_holds_commits_of_ones_own_that_it_goes_on_from(trained, origin, impatient):
+    (trained / "own.py").write_text("own = 1\n")
+    repos.git(trained, "add", "own.py")
+    repos.git(trained, "commit", "-qm", "Own")
+    repos.train(trained)
+    repos.git(trained, "remote", "set-url", "origin", f"git://127.0.0.1:{closed_port()}/repository.git")
+    expect_bundle(tool(trained, "commit"), trained, origin, "after 1 attempt")
+
+
+def test_without_a_network_and_with_nothing_new_there_is_nothing_to_leave(trained, impatient):
+    repos.git(trained, "remote", "set-url", "origin", f"git://127.0.0.1:{closed_port()}/repository.git")
+    result = tool(trained, "commit")
+    assert result.exit_code == 1
+    assert re.search("`git fetch origin` failed: .*nothing is new here", said(result))
+    assert list(trained.rglob("*.bundle")) == []
+    assert repos.git(trained, "status", "--short") == ""
+
+
+@pytest.mark.parametrize("name", ["permission denied.git", "read-only.git", "protected branch"])
+def test_words_in_a_path_are_no_refusal(tmp_path, name):
+    origin = repos.bare(tmp_path / name)
+    clone = repos.clone(origin, tmp_path / "clone")
+    repos.train(clone)
+    hook = origin / "hooks" / "pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    # Somebody else gets in between, once.
+    hook.write_text(
+        "#!/bin/sh\nmkdir seen 2>/dev/null || exit 0\nunset GIT_QUARANTINE_PATH GIT_OBJECT_DIRECTORY\n"
+        "c=$(git commit-tree -p main -m Between main^{tree}) && git update-ref refs/heads/main $c\n"
+    )
+    hook.chmod(0o755)
+    repos.git(origin, "config", "user.name", "Bob")
+    repos.git(origin, "config", "user.email", "bob@example.org")
+    result = tool(clone, "commit")
+    assert result.exit_code == 0, result.output
+    assert "at attempt 2" in said(result)
+    assert "Between" in repos.git(origin, "log", "--format=%s", "main")
+
+
+@pytest.mark.parametrize("value", ["--upload-pack=mkdir {}", "-umkdir {}", "ext::sh -c mkdir% {}", "helper::{}"])
+def test_a_hostile_remote_runs_nothing(trained, origin, tmp_path, impatient, value):
+    sentinel = tmp_path / "pwned"
+    value = value.format(sentinel)
+    repos.train(trained)
+    restored = tool(trained, "restore", repos.RUN, f"--remote={value}")
+    assert restored.exit_code == 0
+    assert "could not be fetched" in said(restored)
+    result = tool(trained, "commit", f"--remote={value}")
+    assert not sentinel.exists()
+    expect_bundle(result, trained, origin, "after 1 attempt ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "--upload-pack=mkdir pwned",
+            "-x",
+            "--force",
+            "",
+            "a b",
+            "a\nb",
+            "a..b",
+            "a:b",
+            "+a:b",
+            "refs/heads/*",
+            "a~1",
+        ),
+        *("a^{tree}", "/a", "a/", "a.lock", ".a", "a@{1}", "a\x7f", "a\\b", "a[b"),
+    ],
+)
+def test_a_hostile_branch_is_refused(trained, origin, name):
+    before = repos.git(origin, "for-each-ref")
+    repos.train(trained)
+    for command in (["commit"], ["restore", repos.RUN]):
+        result = tool(trained, *command, f"--branch={name}")
+        if command[0] == "commit":
+            assert result.exit_code == 2
+        assert "git can't have a branch of that name" in said(result)
+    assert repos.git(origin, "for-each-ref") == before
+    assert not Path("pwned").exists()
+    no_trace(trained)
+
+
+@pytest.mark.parametrize("name", ["ä/ö-ü", "a'b\"c", "$(id);y", "+a", "@", "HEAD", "refs/heads/main", "%s", "a#b"])
+def test_a_branch_with_odd_letters_is_made_and_goes_on(trained, origin, name):
+    before = here(trained).checkpoints.keys()
+    ids = set(repos.train(trained).ids)
+    assert tool(trained, "commit", f"--branch={name}").exit_code == 0
+    assert repos.committed(origin, branch=f"refs/heads/{name}").checkpoints.keys() == before | ids
+    ids |= set(repos.train(trained).ids)
+    assert tool(trained, "commit", f"--branch={name}").exit_code == 0
+    assert repos.committed(origin, branch=f"refs/heads/{name}").checkpoints.keys() == before | ids
+    assert repos.committed(origin).checkpoints.keys() == before
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "..", ".", "/etc", "a/b", "a\\b", "", ".git", ".hid", "a\nb", "a b", "a..b", "x" * 65, "ä", "-x"],
+)
+def test_a_hostile_run_name_is_refused(trained, origin, tmp_path, name):
+    before, tip = sorted(p.name for p in tmp_path.iterdir()), repos.git(origin, "rev-parse", "main")
+    for command in ("restore", "commit", "summarize"):
+        result = tool(trained, command, "--", name)
+        assert result.exit_code == 2
+        assert "cannot be the name of a run" in said(result)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert repos.git(origin, "rev-parse", "main") == tip
+    assert repos.git(trained, "status", "--short") == ""
+
+
+# --- where the clone stands ------------------------------------------------------------------------
+
+
+def test_a_detached_head_needs_a_branch(trained, origin):
+    before = here(trained).checkpoints.keys()
+    repos.git(trained, "checkout", "-q", "--detach")
+    head = repos.git(trained, "rev-parse", "HEAD")
+    ids = {*before, *repos.train(trained).ids}
+    result = tool(trained, "commit")
+    assert result.exit_code == 2
+    assert "HEAD is detached" in said(result)
+    assert "--branch" in said(result)
+    assert here(trained).checkpoints.keys() == ids
+    assert repos.committed(origin).checkpoints.keys() == before
+
+    assert tool(trained, "commit", "--branch", "main").exit_code == 0
+    assert repos.committed(origin).checkpoints.keys() == ids
+    assert repos.git(trained, "rev-parse", "HEAD") == head
+    assert repos.git(trained, "symbolic-ref", "-q", "HEAD", check=False) == ""
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_shallow_clone_is_enough(trained, origin, tmp_path, others):
+    shallow = repos.clone(origin, tmp_path / "shallow", "--depth", "1")
+    known = {*here(trained).checkpoints, *repos.train(shallow).ids}
+    if others:
+        known |= set(repos.train(trained).ids)
+        assert tool(trained, "commit").exit_code == 0
+    assert tool(shallow, "commit").exit_code == 0
+    assert repos.committed(origin).checkpoints.keys() == known
+    assert repos.git(shallow, "rev-parse", "--is-shallow-repository") == "true"
+    assert repos.git(shallow, "rev-parse", "HEAD") == repos.git(origin, "rev-parse", "main")
+    repos.git(origin, "fsck", "--strict")
+    assert repos.git(origin, "rev-list", "--merges", "main") == ""
+
+
+def test_a_shallow_clone_leaves_a_bundle_too(trained, origin, tmp_path):
+    shallow = repos.clone(origin, tmp_path / "shallow", "--depth", "1")
+    repos.train(shallow)
+    reject_pushes(origin)
+    expect_bundle(tool(shallow, "commit"), shallow, origin, "after 1 attempt")
+
+
+def test_outside_of_a_repository_records_are_kept_and_not_committed(tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    ids = set(repos.train(alone).ids)
+    result = tool(alone, "commit")
+    assert result.exit_code == 2
+    assert "is not in a git work tree" in said(result)
+    result = tool(alone, "restore", repos.RUN)
+    assert result.exit_code == 0
+    assert "only what is here counts" in said(result)
+    assert here(alone).checkpoints.keys() == ids
+
+
+def test_without_git_records_are_kept_and_not_committed(trained, tmp_path, monkeypatch):
+    ids = {*here(trained).checkpoints, *repos.train(trained).ids}
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        result = tool(trained, "commit")
+        assert result.exit_code == 2
+        assert "git is not installed" in said(result)
+        assert tool(trained, "restore", repos.RUN).exit_code == 0
+        assert tool(trained, "summarize").exit_code == 0
+    assert here(trained).checkpoints.keys() == ids
+    assert tool(trained, "commit").exit_code == 0
+
+
+def empty_bare(path: Path) -> Path:
+    repos.git(path.parent, "init", "-q", "--bare", "-b", "main", str(path))
+    return path
+
+
+@pytest.fixture
+def unborn(tmp_path: Path) -> Path:
+    """A clone of a bare repository without any commit, in which somebody is about to make the first."""
+    empty_bare(tmp_path / "empty.git")
+    clone = tmp_path / "unborn"
+    repos.git(tmp_path, "clone", "-q", str(tmp_path / "empty.git"), str(clone))
+    (clone / "staged.py").write_text("staged = 1\n")
+    (clone / "untracked.py").write_text("untracked = 1\n")
+    repos.git(clone, "add", "staged.py")
+    return clone
+
+
+@pytest.mark.parametrize("push", [[], ["--no-push"]])
+@pytest.mark.parametrize("branch", ["main", "progress"])
+def test_the_first_commit_of_all_holds_the_record_alone_and_takes_nothing_away(unborn, tmp_path, push, branch):
+    options = [*push, *(["--branch", branch] if branch != "main" else [])]
+    options = [*push, *(["--branch", branch] if branch != "main" else [])]
+    ids = set(repos.train(unborn).ids)
+    assert tool(unborn, "commit", *options).exit_code == 0
+    where = unborn if "--no-push" in options else tmp_path / "empty.git"
+    assert repos.committed(where, branch=branch).checkpoints.keys() == ids
+    assert {name.split("/")[0] for name in repos.git(where, "ls-tree", "-r", "--name-only", branch).split()} == {
+        ".training-progress"
+    }
+    assert (unborn / "staged.py").read_text() == "staged = 1\n"
+    assert (unborn / "untracked.py").read_text() == "untracked = 1\n"
+    status = repos.git(unborn, "status", "--short", "--", "*.py")
+    assert status.splitlines() == ["A  staged.py", "?? untracked.py"]
+    ids |= set(repos.train(unborn).ids)
+    assert tool(unborn, "commit", *options).exit_code == 0
+    assert repos.committed(where, branch=branch).checkpoints.keys() == ids
+
+
+def state_of(clone: Path) -> list[str]:
+    """What is staged and what is not, to the byte, outside of the folder."""
+    rest = ("--", ".", ":!.training-progress")
+    commands = (["diff", *rest], ["diff", "--cached", *rest], ["status", "--porcelain", *rest], ["stash", "list"])
+    return [repos.git(clone, *command) for command in commands]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_unrelated_changes_stay_as_they_are(trained, origin, tmp_path, behind):
+    for name in ("staged.py", "both.py", "gone.py", "moved.py", "unstaged.py"):
+        (trained / name).write_text("".join(f"line {n} of {name}\n" for n in range(20)))
+    repos.git(trained, "add", ".")
+    repos.git(trained, "commit", "-qm", "Files")
+    repos.git(trained, "push", "-q", "origin", "main")
+    if behind:
+        push_file(origin, tmp_path / "other", "elsewhere.py", b"theirs\n")
+    (trained / "staged.py").write_text("staged\n")
+    (trained / "both.py").write_text("staged\n")
+    (trained / "new.py").write_text("staged\n")
+    repos.git(trained, "add", "staged.py", "both.py", "new.py")
+    (trained / "both.py").write_text("staged, and then unstaged\n")
+    (trained / "unstaged.py").write_text("unstaged\n")
+    (trained / "untracked.py").write_text("untracked\n")
+    repos.git(trained, "rm", "-q", "--cached", "gone.py")
+    repos.git(trained, "mv", "moved.py", "to.py")
+    before = state_of(trained)
+    repos.train(trained)
+    assert tool(trained, "commit").exit_code == 0
+    assert state_of(trained) == before
+    assert repos.git(trained, "status", "--porcelain", ".training-progress") == ""
+    assert repos.git(trained, "rev-parse", "HEAD") == repos.git(origin, "rev-parse", "main")
+    assert (trained / "elsewhere.py").exists() == behind
+
+
+def test_a_file_that_both_have_changed_keeps_the_branch_back_and_nothing_else(trained, origin, tmp_path):
+    push_file(origin, tmp_path / "other", "train.py", b"theirs\n")
+    (trained / "train.py").write_text("mine\n")
+    before, ids = state_of(trained), set(repos.train(trained).ids)
+    result = tool(trained, "commit")
+    assert result.exit_code == 0
+    assert "the branch here was left where it is" in said(result)
+    assert "train.py" in said(result)
+    assert state_of(trained) == before
+    assert ids <= repos.committed(origin).checkpoints.keys()
+    assert repos.git(origin, "show", "main:train.py") == "theirs"
+
+
+def test_commits_of_ones_own_are_neither_pushed_nor_touched(trained, origin):
+    (trained / "own.py").write_text("own = 1\n")
+    repos.git(trained, "add", "own.py")
+    repos.git(trained, "commit", "-qm", "Own")
+    head = repos.git(trained, "rev-parse", "HEAD")
+    ids = set(repos.train(trained).ids)
+    result = tool(trained, "commit")
+    assert result.exit_code == 0
+    assert "it has commits of its own" in said(result)
+    assert repos.git(trained, "rev-parse", "HEAD") == head
+    assert ids <= repos.committed(origin).checkpoints.keys()
+    assert "own.py" not in repos.git(origin, "ls-tree", "--name-only", "main")
+
+
+@contextmanager
+def index_held(clone: Path) -> Iterator[None]:
+    """Another git command is at work."""
+    lock = Path(repos.git(clone, "rev-parse", "--absolute-git-dir")) / "index.lock"
+    lock.touch()
+    try:
+        yield
+        assert lock.exists(), "somebody else's lock is not removed"
+    finally:
+        lock.unlink()
+
+
+def test_another_git_command_at_work_delays_only_the_branch_here(trained, origin):
+    ids, head = set(repos.train(trained).ids), repos.git(trained, "rev-parse", "HEAD")
+    with index_held(trained):
+        result = tool(trained, "commit")
+    assert result.exit_code == 0
+    assert "index.lock" in said(result).replace(" ", "")
+    assert ids <= repos.committed(origin).checkpoints.keys()
+    assert repos.git(trained, "rev-parse", "HEAD") == head
+    repos.train(trained)
+    assert tool(trained, "commit").exit_code == 0
+    assert repos.git(trained, "rev-parse", "HEAD") == repos.git(origin, "rev-parse", "main")
+    assert repos.git(trained, "status", "--short") == ""
+
+
+def test_a_commit_that_no_branch_can_take_is_not_called_one(trained, origin):
+    head, ids = repos.git(trained, "rev-parse", "HEAD"), set(repos.train(trained).ids)
+    with index_held(trained):
+        result = tool(trained, "commit", "--no-push")
+    assert result.exit_code == 1
+    assert "index.lock" in said(result).replace(" ", "")
+    assert repos.git(trained, "rev-parse", "HEAD") == head
+    assert tool(trained, "commit", "--no-push").exit_code == 0
+    assert ids <= repos.committed(trained).checkpoints.keys()
+    no_trace(trained)
+
+
+def test_a_submodule_is_a_repository(origin, tmp_path):
+    outer = repos.clone(repos.bare(tmp_path / "outer.git"), tmp_path / "outer")
+    repos.git(outer, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", origin.as_uri(), "sub")
+    inner = outer / "sub"
+    repos.git(inner, "checkout", "-q", "main")
+    ids = set(repos.train(inner).ids)
+    assert tool(inner, "commit").exit_code == 0
+    assert repos.committed(origin).checkpoints.keys() == ids
+    assert repos.git(inner, "status", "--short") == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["Üb ung\u4e2d", "a'b\"c $x;", "-q", " edge ", b"\xff\xfe".decode(errors="surrogateescape")]
+)
+def test_a_folder_with_odd_letters_is_one_like_any(tmp_path, name):
+    parent = tmp_path / name
+    parent.mkdir()
+    origin = repos.bare(parent / "origin of.git")
+    clone = repos.clone(origin, parent / "clone of")
+    ids = set(repos.train(clone).ids)
+    assert tool(clone, "commit").exit_code == 0
+    assert repos.committed(origin).checkpoints.keys() == ids
+    assert tool(clone, "restore", repos.RUN).exit_code == 0
+    assert repos.git(clone, "status", "--short") == ""
+
+
+# --- what people have put into the folder ----------------------------------------------------------
+
+
+def test_lines_that_people_have_put_into_gitignore_stay(trained, origin, tmp_path):
+    ours, name = trained / ".training-progress" / ".gitignore", ".training-progress/.gitignore"
+    pushed = ours.read_bytes()
+    push_file(origin, tmp_path / "other", name, b"# theirs\n*.theirs\n" + pushed)
+    ours.write_bytes(pushed + b"*.ours\n")
+    repos.train(trained)
+    assert tool(trained, "commit").exit_code == 0
+    now = repos.git(origin, "show", f"main:{name}").splitlines()
+    assert now[:2] == ["# theirs", "*.theirs"]
+    assert ours.read_bytes() == pushed + b"*.ours\n", "what nobody has committed is not for the tool to commit"
+
+
+def test_a_gitignore_of_the_users_gets_what_it_lacks(clone, origin):
+    path = clone / ".training-progress" / ".gitignore"
+    path.parent.mkdir()
+    path.write_bytes(b"# mine\r\n!keep.pt\n*.mine")
+    repos.train(clone)
+    assert tool(clone, "commit").exit_code == 0
+    lines = path.read_bytes().splitlines()
+    assert lines[:3] == [b"# mine", b"!keep.pt", b"*.mine"]
+    assert b"*.pt" in lines
+    assert "a-run/cache/checkpoints" not in repos.git(origin, "ls-tree", "-r", "--name-only", "main")
+
+
+@pytest.mark.parametrize("name", [".gitignore", ".gitattributes", "README.md", "a-run/training_summary.json"])
+def test_what_a_link_leads_to_is_neither_published_nor_written(trained, origin, sentinel, name):
+    (sentinel / "x").write_text("secret\n")
+    path, outside = trained / ".training-progress" / name, listing(sentinel)
+    path.unlink()
+    path.symlink_to(sentinel / "x")
+    repos.train(trained)
+    result = tool(trained, "commit")
+    assert result.exit_code == 0, result.output
+    assert "secret" not in repos.git(origin, "log", "-p", "main")
+    assert listing(sentinel) == outside
+
+
+# --- disks ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(path: Path) -> Iterator[Path]:
+    """A file system of 20 MB."""
+    requires("root")
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(path)], capture_output=True)
+    requires("a file system of one's own", done.returncode == 0)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(path: Path, left: int) -> None:
+    """Leave `left` bytes free."""
+    path.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free - left
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free // 4096 * 4096)
+
+
+@pytest.mark.parametrize("command", ["restore", "commit"])
+def test_a_full_disk_costs_nothing_that_was_there(origin, tmp_path, impatient, command):
+    with small_disk(tmp_path / "disk") as disk:
+        clone = repos.clone(origin, disk / "clone")
+        ids = {*repos.train(clone).ids}
+        commit(repos.folder(clone))
+        ids |= {*repos.train(clone).ids}
+        other = repos.clone(origin, tmp_path / "other")
+        both = {*ids, *repos.train(other, [float(n) for n in range(40, 10, -1)]).ids}
+        commit(repos.folder(other))
+        failed = 0
+        for left in (0, 4096, 12_288, 40_960, 81_920, 200_000):
+            fill(disk / "filler", left)
+            result = tool(clone, command, *([repos.RUN] if command == "restore" else []))
+            if result.exit_code:
+                failed += 1
+                assert result.exit_code == 1
+                assert re.search("no space left|disk|could not be|unable to write|failed", said(result).lower()), result
+                assert str(disk) in said(result).replace(" ", "") or "clone" in said(result), result.output
+            assert here(clone).checkpoints.keys() >= ids
+            assert temporary_files(clone / ".training-progress") == []
+        assert failed
+        (disk / "filler").unlink()
+        assert tool(clone, "restore", repos.RUN).exit_code == 0
+        result = tool(clone, "commit")
+        assert result.exit_code == 0, result.output
+        assert repos.committed(origin).checkpoints.keys() == both
+        repos.git(clone, "fsck", "--strict")
+
+
+def test_a_read_only_work_tree_is_named_and_left(trained, origin, tmp_path):
+    requires("root")
+    repos.train(trained)
+    tip, before = repos.git(origin, "rev-parse", "main"), here(trained)
+    subprocess.run(["mount", "--bind", str(trained), str(trained)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(trained)], check=True)
+        for command in (["restore", repos.RUN], ["commit"]):
+            result = tool(trained, *command)
+            assert result.exit_code == 1
+            assert "read-only" in said(result)
+            assert str(trained) in said(result).replace(" ", ""), "the message names the place"
+    finally:
+        subprocess.run(["umount", "-l", str(trained)], check=True)
+    assert here(trained) == before
+    assert repos.git(origin, "rev-parse", "main") == tip
+    assert tool(trained, "commit").exit_code == 0
