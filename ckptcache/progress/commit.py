@@ -20,7 +20,7 @@ from ckptcache.progress.git import Outrun, Refused, Unreachable
 from ckptcache.progress.message import RunChange, commit_message
 from ckptcache.progress.record import Record, base_of, record_at, vouched
 from ckptcache.progress.restore import local_record, open_ledger, take_up
-from ckptcache.progress.setup import completed, needed_lines, standing_files
+from ckptcache.progress.setup import completed, needed_lines, own_bytes
 from ckptcache.progress.summarize import write_changed
 from ckptcache.progress.target import Target, find_target
 from ckptcache.progress.views import RunView, view_of
@@ -222,7 +222,7 @@ class _Committing:
         for run, view in zip(self.runs, self.views, strict=True):
             made |= run_files(run, view)
         made |= page_file(self.folder, [*self.views, *self._others(parent)])
-        write_changed({**standing_files(self.folder), **made})
+        write_changed(made)
         made |= self._standing()
         self.files = {self.repository.relative(path): content for path, content in made.items()}
         changed = {path: content for path, content in self.files.items() if self._committed(path) != content}
@@ -256,12 +256,15 @@ class _Committing:
         return {run.index: read_index_bytes(run.index) for run in self.runs if run.index.exists()}
 
     def _standing(self) -> dict[Path, bytes]:
-        """`.gitignore` and `.gitattributes` as others have them, if they lack anything; what is here may be older."""
+        """`.gitignore` and `.gitattributes` as others have them, and what they lack; what is here may be older."""
         found = {}
         for path, needed in needed_lines(self.folder).items():
             theirs = self._committed(self.repository.relative(path))
-            content = path.read_bytes() if theirs is None else completed(theirs, needed)
-            if content != theirs:
+            here = completed(own_bytes(path) or theirs or b"", needed)
+            write_changed({path: here})
+            content = here if theirs is None else completed(theirs, needed)
+            # Theirs, where it lacks nothing and differs from what is here, is for git to bring.
+            if content == here or content != theirs:
                 found[path] = content
         return found
 

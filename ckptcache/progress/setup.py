@@ -50,7 +50,7 @@ def prepare(folder: ProgressFolder) -> Prepared:
 
 def standing_files(folder: ProgressFolder) -> dict[Path, bytes]:
     """`.gitignore` and `.gitattributes`, with what stands in them already and what they lack."""
-    return {path: completed(_own(path), needed) for path, needed in needed_lines(folder).items()}
+    return {path: completed(own_bytes(path), needed) for path, needed in needed_lines(folder).items()}
 
 
 def needed_lines(folder: ProgressFolder) -> dict[Path, tuple[str, ...]]:
@@ -58,8 +58,8 @@ def needed_lines(folder: ProgressFolder) -> dict[Path, tuple[str, ...]]:
     return {folder.root / ".gitignore": IGNORED, folder.root / ".gitattributes": ATTRIBUTES}
 
 
-def _own(path: Path) -> bytes:
-    # What a link leads to is not the folder's, and must not be published with it.
+def own_bytes(path: Path) -> bytes:
+    """What stands in a file of the folder; nothing where there is none, or a link to what is not the folder's."""
     return path.read_bytes() if path.is_file() and not path.is_symlink() else b""
 
 
