@@ -144,6 +144,12 @@ class Ledger:
 
     # --- changing --------------------------------------------------------------------------------
 
+    def refuse_links(self) -> None:
+        """Raises CacheDirNotWritable where a folder of the cache is a link, behind which nothing may be moved."""
+        for folder in self.layout.linked_folders():
+            reason = "it is a link, and nothing outside the cache is ever removed; put the whole cache there instead"
+            raise CacheDirNotWritable(path=folder, reason=reason)
+
     @contextmanager
     def change(self) -> Iterator[Change]:
         """Hold the lock over a fresh view of the index; what was changed is committed at the end.
@@ -152,9 +158,7 @@ class Ledger:
             CacheDirNotWritable: the folder refuses.
             LockTimeout: another process keeps the lock.
         """
-        for folder in self.layout.linked_folders():
-            reason = "it is a link, and nothing outside the cache is ever removed; put the whole cache there instead"
-            raise CacheDirNotWritable(path=folder, reason=reason)
+        self.refuse_links()
         try:
             with self.file.held():
                 opened = open_index(self.file, self.layout)

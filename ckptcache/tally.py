@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,5 +134,5 @@ def summary_of(record: SessionRecord, cache_dir: Path) -> dict[str, Any]:
         "seconds": record.seconds,
         "iterations_per_second": round(steps / record.seconds, 3) if record.seconds else 0.0,
         "stop_reason": record.stop_reason,
-        "cache_dir": str(cache_dir),
+        "cache_dir": os.fsencode(cache_dir).decode(errors="backslashreplace"),
     }

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ckptcache.errors import CkptCacheError, GitFailed, ProgressNotFound, PushFailed, RunNotFound
@@ -19,11 +20,10 @@ from ckptcache.progress.git import Outrun, Refused, Unreachable
 from ckptcache.progress.message import RunChange, commit_message
 from ckptcache.progress.record import Record, base_of, record_at, vouched
 from ckptcache.progress.restore import local_record, open_ledger, take_up
-from ckptcache.progress.setup import standing_files
+from ckptcache.progress.setup import completed, needed_lines, own_bytes
 from ckptcache.progress.summarize import write_changed
 from ckptcache.progress.target import Target, find_target
 from ckptcache.progress.views import RunView, view_of
-from ckptcache.storage import fs
 from ckptcache.storage.index import read_index_bytes
 
 log = logging.getLogger("ckptcache")
@@ -117,6 +117,8 @@ class _Committing:
         self.notes: list[str] = []
         self.message = ""
         self.made: str | None = None
+        self.parent: str | None = None
+        """The commit that it goes on from, which is all there is when nothing is new."""
         self.files: dict[str, bytes] = {}
         self.there: dict[str, str] = {}
         """Path and blob of what the commit goes on from."""
@@ -127,28 +129,38 @@ class _Committing:
             return self._finished(attempts)
         finally:
             self.repository.delete_ref(self.ref)
+            self.repository.forget_fetched()
 
     def _commit_here(self) -> int:
         branch = self.target.branch
         self._make(self.repository.tip(branch) or self.repository.head())
         if self.made is not None and self.repository.branch() != branch:
             self.repository.point(f"refs/heads/{branch}", self.made)
+        elif self.made is not None and (reason := self._not_followed(self.made)):
+            raise GitFailed(command="commit", reason=reason, path=self.folder.root)
         return 0
 
     def _finished(self, attempts: int) -> Committed:
-        if self.made is not None and self.repository.branch() == self.target.branch:
-            self._follow(self.made)
+        if attempts and self.repository.branch() == self.target.branch:
+            self._follow()
         where = f"{self.target.branch} of {self.target.remote}" if attempts else None
         return Committed(self.made, where, attempts, self.message, self.views, self.notes)
 
-    def _follow(self, commit: str) -> None:
-        """Whatever is in the way of the branch here, the commit counts."""
-        try:
-            reason = self.repository.follow(commit, list(self.files))
-        except GitFailed as error:
-            reason = str(error.fields["reason"])
-        if reason is not None:
+    def _follow(self) -> None:
+        """Whatever is in the way of the branch here, the commit counts.
+
+        It also follows what a command has pushed that was killed right after.
+        """
+        commit = self.made or self.parent
+        reason = self._not_followed(commit) if commit else None
+        if reason is not None and self.made is not None:
             self.notes.append(f"the branch here was left where it is ({reason}): `git pull` brings it up to date")
+
+    def _not_followed(self, commit: str) -> str | None:
+        try:
+            return self.repository.follow(commit, list(self.files))
+        except GitFailed as error:
+            return str(error.fields["reason"])
 
     # --- pushing ---------------------------------------------------------------------------------
 
@@ -178,18 +190,17 @@ class _Committing:
         raise self._left_in_bundle(tip, attempt, reason)
 
     def _left_in_bundle(self, tip: str | None, attempts: int, reason: str) -> CkptCacheError:
-        head = self.repository.head()
+        remote, head = self.target.remote or "", self.repository.head()
         if self.made is None:
             self._make(tip or head)
-        known = [commit for commit in {tip, head} if commit]
         made = self.made or head or ""
         bundle = self.folder.root / f"unpushed-{made[:12]}.bundle"
         # A bundle holds names, and a name of its own says in every clone what it is.
         self.repository.point(UNPUSHED, made)
-        fs.ensure_folder(bundle.parent)
-        self.repository.bundle(bundle, UNPUSHED, known=[c for c in known if c != made])
+        if not self.repository.bundle(bundle, UNPUSHED, remote=remote, tip=tip):
+            return GitFailed(command=f"fetch {remote}", reason=f"{reason}; nothing is new here", path=self.folder.root)
         return PushFailed(
-            remote=self.target.remote,
+            remote=remote,
             branch=self.target.branch,
             attempts=f"{attempts} attempt{'s' * (attempts != 1)}",
             reason=reason,
@@ -202,11 +213,13 @@ class _Committing:
 
     def _make(self, parent: str | None) -> None:
         """Merge with what `parent` holds, and commit on it, if that changes anything."""
-        self.there = self.repository.files(parent, self.repository.relative(self.folder.root)) if parent else {}
+        self.parent = parent
+        below = self.repository.relative(self.folder.root.resolve())
+        self.there = self.repository.files(parent, below) if parent else {}
         changes = [self._merge(run, parent) for run in self.runs]
         self.views = [change.after for change in changes]
         records = [(run, read_index_bytes(run.index)) for run in self.runs if run.index.exists()]
-        made = standing_files(self.folder)
+        made: dict[Path, bytes] = {}
         for run, view in zip(self.runs, self.views, strict=True):
             made |= run_files(run, view)
         others = self._others(parent)
@@ -216,7 +229,7 @@ class _Committing:
         made |= page_file(self.folder, name, [*self.views, *others], charts)
         write_changed(made)
         # The records are only read: a training that goes on may have written a newer one since.
-        made |= {run.index: content for run, content in records}
+        made |= {run.index: content for run, content in records} | self._standing()
         self.files = {self.repository.relative(path): content for path, content in made.items()}
         changed = {path: content for path, content in self.files.items() if self._committed(path) != content}
         self.message = commit_message(changes)
@@ -244,6 +257,19 @@ class _Committing:
         note = f"the record of {run.name} was mended: {how}"
         if how and note not in self.notes:
             self.notes.append(note)
+
+    def _standing(self) -> dict[Path, bytes]:
+        """`.gitignore` and `.gitattributes` as others have them, and what they lack; what is here may be older."""
+        found = {}
+        for path, needed in needed_lines(self.folder).items():
+            theirs = self._committed(self.repository.relative(path))
+            here = completed(own_bytes(path) or theirs or b"", needed)
+            write_changed({path: here})
+            content = here if theirs is None else completed(theirs, needed)
+            # Theirs, where it lacks nothing and differs from what is here, is for git to bring.
+            if content == here or content != theirs:
+                found[path] = content
+        return found
 
     def _others(self, parent: str | None) -> list[RunView]:
         """The runs that aren't committed now, as the page's new version is to show them."""

@@ -6,6 +6,7 @@ index is needed for that, so that neither a detached HEAD nor a half-staged chan
 
 import base64
 import os
+import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ckptcache.errors import GitFailed, NotARepository
+from ckptcache.storage import fs
 
 TIMEOUT = 300.0
 """Seconds for one command; a network that answers nothing must not keep a job until its own limit."""
@@ -21,6 +23,7 @@ _REFUSED = (
     *("permission", "denied", "error: 403", "error: 401", "authentication", "could not read username"),
     *("hook declined", "protected branch", "read-only", "unable to create temporary object directory"),
     *("does not appear to be a git repository", "repository not found", "refusing to", "deny updating"),
+    *("' not allowed", "unable to find remote helper"),
 )
 """What a remote says that it will go on saying; anything else may pass."""
 
@@ -60,6 +63,8 @@ class Repository:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        # Of its own, since git leaves a lock beside a name that it is killed at, which nobody ever takes away.
+        self._fetched = f"refs/ckptcache/fetched/{secrets.token_hex(8)}"
 
     @classmethod
     def around(cls, path: Path) -> "Repository":
@@ -69,14 +74,16 @@ class Repository:
             found = cls(there)._run("rev-parse", "--show-toplevel")
         except FileNotFoundError as error:
             raise NotARepository(path=path, reason="git is not installed") from error
-        if found.code or not found.text:
+        root = os.fsdecode(found.out.removesuffix(b"\n"))
+        if found.code or not root:
             raise NotARepository(path=path, reason=_reason(found.err) or "it has no work tree")
-        return cls(Path(found.text))
+        return cls(Path(root))
 
     def relative(self, path: Path) -> str:
         """`path` as git writes it. Raises NotARepository when it lies outside."""
         try:
-            return path.resolve().relative_to(self.root.resolve()).as_posix()
+            # Not where `path` itself may lead as a link: it is the name that git holds.
+            return (path.parent.resolve() / path.name).relative_to(self.root.resolve()).as_posix()
         except ValueError as error:
             raise NotARepository(path=path, reason=f"it is outside of {self.root}") from error
 
@@ -173,14 +180,19 @@ class Repository:
 
         Raises Unreachable or Refused.
         """
-        kept = f"refs/ckptcache/fetched/{branch}"
-        refspec = f"+refs/heads/{branch}:{kept}"
-        answer = self._run("fetch", "--quiet", "--no-tags", "--", remote, refspec, environment=self._access(remote))
+        refspec = f"+refs/heads/{branch}:{self._fetched}"
+        # Without refmap it would update the remote's own branches here as well, and fail where one is locked.
+        options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--refmap=")
+        answer = self._run("fetch", *options, "--", remote, refspec, environment=self._access(remote))
         if answer.code and _NO_REMOTE_BRANCH in answer.err.lower():
             return None
         if answer.code:
-            raise _trouble(answer.err)
-        return self._ask("rev-parse", "--verify", kept).text
+            raise _trouble(self._without_names(answer.err, remote, branch))
+        return self._ask("rev-parse", "--verify", self._fetched).text
+
+    def forget_fetched(self) -> None:
+        """Give up the name of what was fetched; the commits themselves stay until git cleans up."""
+        self.delete_ref(self._fetched)
 
     def push(self, remote: str, commit: str, branch: str) -> None:
         """Make `commit` the tip of a remote branch that it goes on from.
@@ -192,9 +204,18 @@ class Repository:
         if answer.code == 0:
             return
         rejected = [line.split("\t")[2] for line in answer.out.decode().splitlines() if line.startswith("!\t")]
-        trouble = _trouble(answer.err, *rejected)
+        trouble = _trouble(*(self._without_names(text, remote, branch) for text in (answer.err, *rejected)))
         # Who answers at all and has nothing against it was asked by somebody else first, in one of many words.
         raise Outrun(rejected[0]) if rejected and isinstance(trouble, Unreachable) else trouble
+
+    def _without_names(self, said: str, remote: str, branch: str) -> str:
+        """What git has said, without names in which any word can stand."""
+        for name in (self._url(remote), f"refs/heads/{branch}", f"'{branch}'"):
+            said = said.replace(name, "it")
+        return said
+
+    def _url(self, remote: str) -> str:
+        return self._run("remote", "get-url", "--", remote).text or remote
 
     def _access(self, remote: str) -> dict[str, str]:
         """The environment in which git may use GITHUB_TOKEN, if that is meant for this remote.
@@ -202,8 +223,7 @@ class Repository:
         In the environment and not among the arguments, which other users of the machine can read.
         """
         token, server = os.environ.get("GITHUB_TOKEN", ""), os.environ.get("GITHUB_SERVER_URL", "")
-        url = self._run("remote", "get-url", "--", remote).text or remote
-        if not (token and server.startswith("https://") and _origin(url) == _origin(server)):
+        if not (token and server.startswith("https://") and _origin(self._url(remote)) == _origin(server)):
             return {}
         secret = base64.b64encode(f"x-access-token:{token}".encode()).decode()
         key = f"http.{server.rstrip('/')}/.extraheader"
@@ -238,9 +258,21 @@ class Repository:
         has_name = bool(os.environ.get(f"GIT_{who}_EMAIL") or self._run("config", "--get", "user.email").text)
         return self._ask("var", f"GIT_{who}_IDENT", environment={} if has_name else fallback).text
 
-    def bundle(self, path: Path, ref: str, *, known: Sequence[str]) -> None:
-        """Write what `ref` has beyond the commits `known` into a file that `git fetch` reads. Raises GitFailed."""
-        self._ask("bundle", "create", "--quiet", str(path.absolute()), ref, *(f"^{commit}" for commit in known))
+    def bundle(self, path: Path, ref: str, *, remote: str, tip: str | None) -> bool:
+        """Write what `ref` has beyond what `remote` had, when it was asked last, into a file that `git fetch` reads.
+
+        Returns whether there was anything to write. Raises GitFailed.
+
+        Args:
+            tip: a commit that it is known to have by now.
+        """
+        is_named = remote in self._ask("remote").text.split()
+        known = ["--not", f"--remotes={remote}" if is_named else "--remotes", *([tip] if tip else [])]
+        if not self._ask("rev-list", "--max-count=1", ref, *known).text:
+            return False
+        fs.ensure_folder(path.parent)
+        self._ask("bundle", "create", "--quiet", str(path.absolute()), ref, *known)
+        return True
 
     def point(self, ref: str, commit: str) -> None:
         """Let a name of this tool's point to `commit`. Raises GitFailed."""
@@ -269,12 +301,16 @@ class Repository:
         blobs = {path: blob for folder in folders for path, blob in self.files(commit, folder).items()}
         listed = "".join(f"100644 {blobs[path]}\t{path}\0" for path in files if path in blobs)
         self._ask("update-index", "-z", "--add", "--index-info", given=listed.encode(errors="surrogateescape"))
-        answer = self._run("read-tree", "-m", "-u", *([before] if before else []), commit)
+        # Of one tree alone, it would take away all that is staged and not in it.
+        answer = self._run("read-tree", "-m", "-u", before or self._empty_tree(), commit)
         if answer.code:
             self._run("reset", "--quiet", "--", *files)
             return _reason(answer.err)
         self._ask("update-ref", "-m", "ckptcache progress commit", "HEAD", commit, *([before] if before else []))
         return None
+
+    def _empty_tree(self) -> str:
+        return self._ask("hash-object", "-t", "tree", "-w", "--stdin").text
 
 
 # --- reading what git says -----------------------------------------------------------------------
@@ -283,7 +319,8 @@ class Repository:
 def _trouble(said: str, *rejected: str) -> Unreachable | Refused:
     """What kind of failure it is. Of a rejection, what the remote's own hooks printed tells more than git does."""
     theirs = [line.removeprefix("remote:").strip() for line in said.splitlines() if line.startswith("remote:")]
-    reason = ": ".join([*rejected[:1], *filter(None, theirs[:2])]) if rejected else _reason(said)
+    told = list(filter(None, theirs[:2])) or [_reason(said)]
+    reason = ": ".join([*rejected[:1], *told]) if rejected else _reason(said)
     refused = any(word in "\n".join([said, *rejected]).lower() for word in _REFUSED)
     return (Refused if refused else Unreachable)(reason or "git gave no reason")
 

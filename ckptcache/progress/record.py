@@ -1,7 +1,7 @@
 """A run's record wherever it is: in the work tree, in a commit, or broken, with what can be saved of it."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def read(data: bytes, path: Path, older: Versions, sides: Versions = tuple) -> R
         known = known or [index for side in conflict_sides(data) if (index := _or_none(side, path)) is not None]
         if len(known) > 1:
             return Record(merged(*known), "it held a conflict of git's, and both sides were taken up", is_whole=False)
-        return _from_history(older(), path, error, known)
+        return from_history(older(), path, error, known)
 
 
 def conflict_sides(data: bytes) -> list[bytes]:
@@ -70,8 +70,13 @@ def _side(lines: Iterable[bytes], wanted: bytes) -> Iterator[bytes]:
             part = b"" if marker[1] == b">>>>>>>" else marker[1]
 
 
-def _from_history(older: Iterable[tuple[str, bytes]], path: Path, error: IndexDamaged, known: list[Index]) -> Record:
-    """The newest version that is whole, and the side of a conflict that is, if any."""
+def from_history(
+    older: Iterable[tuple[str, bytes]], path: Path, error: IndexDamaged, known: Sequence[Index] = ()
+) -> Record:
+    """The newest of `older` that is whole, and what else is `known`, in the place of what `error` tells of.
+
+    Raises `error` if there is neither.
+    """
     also = ["the side of git's conflict that is whole"] if known else []
     for name, data in older:
         index = _or_none(data, path)

@@ -1,17 +1,18 @@
 """Bringing the committed record and the cached files together, before a training starts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckptcache.config import CacheConfig
-from ckptcache.errors import CkptCacheError
+from ckptcache.errors import CkptCacheError, IndexDamaged
 from ckptcache.ledger import Change, Ledger
 from ckptcache.progress.folder import ProgressFolder, Run
 from ckptcache.progress.git import Refused, Repository, Unreachable
-from ckptcache.progress.record import Record, base_of, merged, read, record_at, versions, vouched
+from ckptcache.progress.record import Record, base_of, from_history, merged, read, record_at, versions, vouched
 from ckptcache.progress.target import Target, find_target
 from ckptcache.progress.views import RunView
-from ckptcache.storage.admission import Progress, refuse_strangers, verify_files
+from ckptcache.storage.admission import Progress, refuse_previous, refuse_strangers, verify_files
 from ckptcache.storage.index import Index, read_index_bytes
 
 
@@ -77,11 +78,7 @@ def restore(
     known = merged(ours.index, committed.record.index)
     if not known.checkpoints and not known.sessions and not run.cache_dir.is_dir():
         return Restored(RunView(name, ledger.view()), notes=[*notes, "there is no record yet: the run begins"])
-    refused: dict[str, str] = {}
-    with ledger.file.held():
-        if ours.mended:
-            ledger.set_aside_index()
-        refused |= {} if adopt else refuse_strangers(known, ledger.layout)
+    refused = _refused_unread(ledger, ours, known, adopt=adopt)
     with ledger.change() as change:
         take_up(change, ours, committed.base, committed.record.index)
         change.index, strange = vouched(change.index, committed.record.index)
@@ -89,6 +86,18 @@ def restore(
         refused |= verify_files(change.index, ledger.layout, writer=ledger.writer, progress=progress).refused
     notes += [f"{id}: its digest was edited here, and the one in git counts" for id in strange]
     return Restored(RunView(name, ledger.view()), refused, notes)
+
+
+def _refused_unread(ledger: Ledger, ours: Record, known: Index, *, adopt: bool) -> dict[str, str]:
+    """Put away what nothing vouches for, before the cache is opened and takes it up."""
+    ledger.refuse_links()
+    with ledger.file.held():
+        if ours.mended:
+            ledger.set_aside_index()
+        if adopt:
+            return {}
+        refused = refuse_previous(ledger.file, ledger.layout, is_whole=ours.is_whole, writer=ledger.writer)
+        return refused | refuse_strangers(known, ledger.layout)
 
 
 def take_up(change: Change, ours: Record, base: Index, theirs: Index) -> None:
@@ -112,10 +121,18 @@ def local_record(run: Run, repository: Repository | None) -> Record:
         data = read_index_bytes(run.index)
     except FileNotFoundError:
         return Record(Index(), is_whole=False)
-    if repository is None:
-        return read(data, run.index, lambda: ())
-    name = repository.relative(run.index)
-    return read(data, run.index, lambda: versions(repository, repository.head(), name), lambda: repository.stages(name))
+    except IndexDamaged as error:
+        # Too long, or no file at all: what can't be read has no sides either.
+        return from_history(_history(run, repository), run.index, error)
+    return read(data, run.index, lambda: _history(run, repository), lambda: _stages(run, repository))
+
+
+def _history(run: Run, repository: Repository | None) -> Iterable[tuple[str, bytes]]:
+    return () if repository is None else versions(repository, repository.head(), repository.relative(run.index))
+
+
+def _stages(run: Run, repository: Repository | None) -> Iterable[tuple[str, bytes]]:
+    return () if repository is None else repository.stages(repository.relative(run.index))
 
 
 # --- what is committed ---------------------------------------------------------------------------
@@ -136,9 +153,12 @@ def _committed(run: Run, remote: str | None, branch: str | None, offline: bool, 
         return _Committed(_repository_or_none(run))
     tip = None if offline else _fetch(target, notes)
     repository = target.repository
-    record, note = record_at(repository, tip or repository.head(), run.index)
-    notes += [note] if note else []
-    return _Committed(repository, record, base_of(repository, tip, run.index))
+    try:
+        record, note = record_at(repository, tip or repository.head(), run.index)
+        notes += [note] if note else []
+        return _Committed(repository, record, base_of(repository, tip, run.index))
+    finally:
+        repository.forget_fetched()
 
 
 def _repository_or_none(run: Run) -> Repository | None:

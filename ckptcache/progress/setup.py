@@ -50,12 +50,21 @@ def prepare(folder: ProgressFolder) -> Prepared:
 
 def standing_files(folder: ProgressFolder) -> dict[Path, bytes]:
     """`.gitignore` and `.gitattributes`, with what stands in them already and what they lack."""
-    wanted = {folder.root / ".gitignore": IGNORED, folder.root / ".gitattributes": ATTRIBUTES}
-    return {path: _with_lines(path, needed) for path, needed in wanted.items()}
+    return {path: completed(own_bytes(path), needed) for path, needed in needed_lines(folder).items()}
 
 
-def _with_lines(path: Path, needed: Iterable[str]) -> bytes:
-    there = path.read_bytes() if path.is_file() else b""
+def needed_lines(folder: ProgressFolder) -> dict[Path, tuple[str, ...]]:
+    """The lines that `.gitignore` and `.gitattributes` must hold."""
+    return {folder.root / ".gitignore": IGNORED, folder.root / ".gitattributes": ATTRIBUTES}
+
+
+def own_bytes(path: Path) -> bytes:
+    """What stands in a file of the folder; nothing where there is none, or a link to what is not the folder's."""
+    return path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+
+
+def completed(there: bytes, needed: Iterable[str]) -> bytes:
+    """`there` with those of the lines `needed` that it lacks."""
     known = set(there.decode(errors="replace").splitlines())
     if there and not there.endswith(b"\n"):
         there += b"\n"

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ckptcache.errors import NotARepository
+from ckptcache.errors import CacheDirNotWritable, NotARepository
 from ckptcache.progress.derived import available_in, page_file, run_files
 from ckptcache.progress.folder import ProgressFolder, Run
 from ckptcache.progress.git import Repository
@@ -53,15 +53,21 @@ def _summary(run: Run) -> bytes | None:
 
 
 def write_changed(files: Mapping[Path, bytes]) -> list[Path]:
-    """Write those of `files` that aren't there as they should be, durably; returns which they were."""
+    """Write those of `files` that aren't there as they should be, durably; returns which they were.
+
+    Raises CacheDirNotWritable.
+    """
     changed = [path for path, content in files.items() if not _is_there(path, content)]
     for path in changed:
-        fs.write_atomically(fs.ensure_folder(path.parent) / path.name, files[path], writer=secrets.token_hex(6))
+        try:
+            fs.write_atomically(fs.ensure_folder(path.parent) / path.name, files[path], writer=secrets.token_hex(6))
+        except OSError as error:
+            raise CacheDirNotWritable(path=path.parent, reason=fs.reason_of(error)) from error
     return changed
 
 
 def _is_there(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
+    return path.is_file() and not path.is_symlink() and path.read_bytes() == content
 
 
 def lines(wanted: Iterable[str]) -> bytes:

@@ -5,6 +5,7 @@ The record comes from a place that is trusted (git), the files need not (a cache
 refused goes to quarantine, and its record stays as it is: a good copy may come another time.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 from ckptcache.errors import CheckpointDamaged, CkptCacheError
 from ckptcache.metadata import CheckpointMetadata
 from ckptcache.storage import fs, integrity
-from ckptcache.storage.index import Index
+from ckptcache.storage.index import Index, IndexFile
 from ckptcache.storage.layout import Layout
-from ckptcache.storage.reconcile import quarantine, read_sidecar, sidecar_bytes
+from ckptcache.storage.reconcile import quarantine, sidecar_bytes
 
 Progress = Callable[[int, int], None]
 """Called with the bytes verified so far and in all."""
@@ -49,6 +50,18 @@ def _strangers(index: Index, layout: Layout) -> Iterator[Path]:
             yield path
 
 
+def refuse_previous(file: IndexFile, layout: Layout, *, is_whole: bool, writer: str) -> dict[str, str]:
+    """Let the generation before the index vouch for nothing, which can have come with the files; its lock must be held.
+
+    Beside an index that is whole it becomes the same as that; one that would take a lost index's place is quarantined.
+    """
+    if is_whole:
+        fs.keep_generation(file.path, file.previous, writer=writer)
+    elif os.path.lexists(file.previous):
+        return {file.previous.name: _refuse(file.previous, layout, "it may come from elsewhere, as the files do")}
+    return {}
+
+
 def verify_files(index: Index, layout: Layout, *, writer: str, progress: Progress | None = None) -> Admission:
     """Compare every file with its record, and quarantine those that differ; the index's lock must be held.
 
@@ -61,12 +74,13 @@ def verify_files(index: Index, layout: Layout, *, writer: str, progress: Progres
         reason = _objection(layout.locate(record.id), record)
         if reason is None:
             admission.verified.append(record.id)
-            _mend_sidecar(record, index, layout, writer)
         else:
             admission.refused[f"{record.id}.pt"] = _refuse(layout.locate(record.id), layout, reason)
         done += files[record.id].size
         if progress is not None:
             progress(done, total)
+    for id in sorted(index.checkpoints.keys() & {*admission.verified, *_sidecars(layout)}):
+        _mend_sidecar(index.checkpoints[id], index, layout, writer)
     return admission
 
 
@@ -80,15 +94,21 @@ def _objection(path: Path, record: CheckpointMetadata) -> str | None:
     return None
 
 
+def _sidecars(layout: Layout) -> Iterator[str]:
+    return (name.removesuffix(".json") for name in fs.names(layout.checkpoints) if name.endswith(".json"))
+
+
 def _mend_sidecar(record: CheckpointMetadata, index: Index, layout: Layout, writer: str) -> None:
     """A lost index is rebuilt from the sidecars, so that one from elsewhere must say what the record says."""
+    path, wanted = layout.sidecar(record.id), sidecar_bytes(record, index)
     try:
-        found = read_sidecar(layout, record.id)
-        if found is not None and found.checkpoints[record.id].digest == record.digest:
+        if fs.read_bytes(path, limit=len(wanted)) == wanted:
             return
-    except CkptCacheError:
+    except (OSError, ValueError, CkptCacheError):
         pass  # whatever is wrong with it, it is written anew
-    fs.write_atomically(layout.sidecar(record.id), sidecar_bytes(record, index), writer=writer)
+    if path.is_dir() and not path.is_symlink():
+        _refuse(path, layout, "it is a folder where a sidecar belongs")
+    fs.write_atomically(path, wanted, writer=writer)
 
 
 def _refuse(path: Path, layout: Layout, reason: str) -> str:
