@@ -51,6 +51,9 @@ def _nearest(start: Path) -> Path:
     for level in _levels(start):
         found = [folder for folder in level if is_cache(folder)]
         if len(found) > 1:
+            # A repository holds the records of trainings whose files are elsewhere; the one that ran here is meant.
+            found = [folder for folder in found if _holds_checkpoints(folder / "checkpoints")] or found
+        if len(found) > 1:
             raise AmbiguousCache(count=len(found), examples=", ".join(str(f) for f in found[:5]))
         if found:
             return found[0]

@@ -40,6 +40,17 @@ def test_several_at_one_depth_are_named():
     assert caught.value.exit_code == 2
 
 
+def test_of_several_at_one_depth_the_one_with_checkpoints_is_meant():
+    index_at(".training-progress/ci/cache", ".training-progress/full/cache", "out/mine/cache")
+    Path("out/mine/cache/checkpoints").mkdir()
+    Path("out/mine/cache/checkpoints/a.pt").write_bytes(b"x")
+    assert find_cache(None) == Path("out/mine/cache")
+    Path(".training-progress/ci/cache/checkpoints").mkdir()
+    Path(".training-progress/ci/cache/checkpoints/b.pt").write_bytes(b"x")
+    with pytest.raises(AmbiguousCache, match="2 caches"):
+        find_cache(None)
+
+
 @pytest.mark.parametrize("folder", [".git/x", ".venv/x", "node_modules/x", "a/__pycache__/x"])
 def test_some_folders_are_passed_over(folder):
     index_at(folder)
