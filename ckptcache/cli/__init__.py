@@ -20,8 +20,8 @@ def main() -> None:
     """Look at a cache of training checkpoints, and look after it.
 
     The cache is the folder that --cache-dir, CKPTCACHE_DIR or the settings file names; without them, the nearest one
-    at or below the current folder; of several equally near, the one that holds checkpoints. A checkpoint is named by its id, by the beginning of its id as far as only
-    one begins so, by a name given to it, or by "best" or "latest".
+    at or below the current folder; of several equally near, the one that holds checkpoints. A checkpoint is named by
+    its id, by the beginning of its id as far as only one begins so, by a name given to it, or by "best" or "latest".
 
     Limits and weights come from CKPTCACHE_* variables and from ckptcache.toml or [tool.ckptcache] in
     pyproject.toml, as they do in training.
