@@ -130,7 +130,8 @@ class Clones:
         for path in self.paths:
             began = time.monotonic()
             assert repos.git(path, "rev-list", "--count", "HEAD", "^origin/main") == "0"
-            if not (path / ".git" / "index.lock").exists():
+            # Behind a lock that a killed git has left the branch stays back, and only the branch.
+            if not any((path / ".git").rglob("*.lock")):
                 assert repos.git(path, "status", "--short") == ""
             restored = restore(repos.folder(path), repos.RUN)
             assert restored.view.index.checkpoints.keys() == index.checkpoints.keys()
