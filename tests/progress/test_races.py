@@ -35,6 +35,7 @@ class Clones:
         repos.git(self.origin, "config", "core.logAllRefUpdates", "always")
         self.paths = [repos.clone(self.origin, folder / f"clone-{n}") for n in range(number)]
         for path in self.paths:
+            self.note(self.paths.index(path), "cloned")
             # The other side is another machine: it isn't killed with the job that talks to it.
             for service in ("receivepack", "uploadpack"):
                 program = f"git-{service.removesuffix('pack')}-pack"
@@ -79,10 +80,9 @@ class Clones:
         with (self.notes / str(number)).open("a") as notes:
             notes.write(f"{' '.join(words)}\n")
 
-    def lines(self, number: int, kind: str = "") -> list[list[str]]:
-        path = self.notes / str(number)
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line.split()[1:] for line in lines if line.startswith(kind)]
+    def lines(self, number: int, kind: str) -> list[list[str]]:
+        lines = (self.notes / str(number)).read_text().splitlines()
+        return [line.split()[1:] for line in lines if line.split()[:1] == [kind]]
 
     def all_lines(self, kind: str) -> list[list[str]]:
         return [line for number in range(len(self.paths)) for line in self.lines(number, kind)]
@@ -130,7 +130,8 @@ class Clones:
         for path in self.paths:
             began = time.monotonic()
             assert repos.git(path, "rev-list", "--count", "HEAD", "^origin/main") == "0"
-            if not (path / ".git" / "index.lock").exists():
+            # Behind a lock that a killed git has left the branch stays back, and only the branch.
+            if not any((path / ".git").rglob("*.lock")):
                 assert repos.git(path, "status", "--short") == ""
             restored = restore(repos.folder(path), repos.RUN)
             assert restored.view.index.checkpoints.keys() == index.checkpoints.keys()
@@ -228,7 +229,7 @@ def kill_some(clones: Clones, kills: int, draw: random.Random) -> dict[int, int]
 def deaths(clones: Clones, number: int) -> int:
     """How many commits were begun and never ended, because of a kill."""
     open_commits = count = 0
-    for words in (line for line in (clones.notes / str(number)).read_text().splitlines()):
+    for words in (clones.notes / str(number)).read_text().splitlines():
         if words == "committing":
             open_commits += 1
         elif words.startswith("pushed"):
