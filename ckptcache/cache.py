@@ -345,8 +345,8 @@ class TrainingCache:
             with suppress(CkptCacheError):
                 self.ledger.quarantine(id, reason)
         if choice.missing:
-            more = f" and of {len(choice.missing) - 1} more" if choice.missing[1:] else ""
-            said.append(f"{choice.missing[0]} would have come first, but its file{more} is gone")
+            more = f", as are those of {len(choice.missing) - 1} more" if choice.missing[1:] else ""
+            said.append(f"{choice.missing[0]} would have come first, but its file is gone{more}")
         for sentence in said:
             log.warning("%s", sentence)
         return said

@@ -255,7 +255,7 @@ class ProgressNotFound(CkptCacheError):
 
 
 class RunNotFound(CkptCacheError):
-    """There is no run {name!r} in {path} (there are: {names}): train with --out_dir {path}/{name} first."""
+    """There is no run {name!r} in {path} (there are: {names}): train with the cache {path}/{name}/cache first."""
 
     exit_code = 3
 

@@ -43,15 +43,16 @@ class _Group(click.Group):
 def progress(ctx: click.Context, progress_dir: Path) -> None:
     """Keep the record of trainings in a git repository, and the big files out of it.
 
-    Git holds each run's index, summary and a page to look at; a cache that may expire holds the checkpoints. A training
-    whose output folder is DIR/RUN leaves its record there.
+    Git holds each run's index, summary and a page to look at; the checkpoints stay out of it. A training leaves its
+    record here if its cache is DIR/RUN/cache. RUN is a name of your choice.
 
     \b
     Example:
       ckptcache progress init
       ckptcache progress restore my-run
-      python train.py --out_dir .training-progress/my-run
+      CKPTCACHE_DIR=.training-progress/my-run/cache python train.py
       ckptcache progress commit my-run
+      ckptcache --cache-dir .training-progress/my-run/cache ls --all
     """
     from ckptcache.progress.folder import ProgressFolder
 

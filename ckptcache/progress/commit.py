@@ -154,7 +154,8 @@ class _Committing:
         commit = self.made or self.parent
         reason = self._not_followed(commit) if commit else None
         if reason is not None and self.made is not None:
-            self.notes.append(f"the branch here was left where it is ({reason}): `git pull` brings it up to date")
+            how = "`git pull --no-rebase --autostash` brings it up to date"
+            self.notes.append(f"the branch here was left where it is ({reason}): {how}")
 
     def _not_followed(self, commit: str) -> str | None:
         try:

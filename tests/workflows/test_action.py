@@ -177,10 +177,13 @@ def test_without_a_commit_it_only_reports(github: Github) -> None:
 
 def test_ckptcache_is_installed_from_the_actions_own_commit_where_it_is_missing(github: Github) -> None:
     publish(github, inputs="python: ./lacking")
+    with (github.folder / "ckptcache/constraints.txt").open("a") as constraints:
+        constraints.write("not-installed-anywhere==1.0\n")
     lacking = github.folder / "project" / "lacking"
     lacking.write_text(
         '#!/bin/bash\ncase "$*" in\n'
-        '  *"-m pip install"*) printf "%s\\n" "$@" >"$STAND_INS/pip" ;;\n'
+        '  *"-m pip install"*) printf "%s\\n" "$@" >"$STAND_INS/pip"\n'
+        '    cp "$RUNNER_TEMP/ckptcache-constraints.txt" "$STAND_INS/pins" ;;\n'
         '  *find_spec*) [ -e "$STAND_INS/pip" ] ;;\n'
         '  *) exec python3 "$@" ;;\nesac\n'
     )
@@ -192,9 +195,13 @@ def test_ckptcache_is_installed_from_the_actions_own_commit_where_it_is_missing(
     ended = github.run(WORKFLOW)
 
     assert ended.code == 0, ended.log
-    *_, constraints, package = (github.stand_ins / "pip").read_text().splitlines()
+    *_, flag, _pins, package = (github.stand_ins / "pip").read_text().splitlines()
     source = package.removesuffix("[plots]")
-    assert constraints == f"{source}/constraints.txt"
+    # What is installed already stays as it is.
+    assert flag == "-c"
+    pinned = (github.stand_ins / "pins").read_text()
+    assert "not-installed-anywhere==1.0" in pinned
+    assert "pytest==" not in pinned
     assert re.search(r"/act/actions/OWNER-ckptcache[\w.-]*@COMMIT$", source)  # and not the project that trains
 
 
@@ -205,6 +212,9 @@ def test_ckptcache_is_installed_from_the_actions_own_commit_where_it_is_missing(
         ("command: python3 train.py", 'command: "python3 train.py\\npython3 again.py"', "command must be one command"),
         ('max-minutes: "60"', "max-minutes: soon", "max-minutes must be a whole number"),
         ('max-minutes: "60"', "progress-dir: /root", "progress-dir must be a folder in the repository"),
+        ('max-minutes: "60"', 'commit: "yes"', "commit and cache must be true or false"),
+        ("command: python3 train.py", "command: true && python3 train.py", "one command, and there is a && in it"),
+        ('max-minutes: "60"', "python: ./no-such-python", "python must be 3.11 or newer"),
     ],
 )
 def test_inputs_that_do_not_work_are_refused_before_anything_is_done(

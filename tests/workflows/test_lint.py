@@ -97,6 +97,14 @@ def test_every_job_has_a_limit_and_every_checkout_leaves_no_token(path):
     assert text.count("actions/checkout@") == text.count("persist-credentials: false")
 
 
+def test_jobs_of_one_matrix_save_under_names_of_their_own():
+    # act knows no `strategy` in an action, so that none of the runs would show it.
+    text = ACTIONS[0].read_text()
+    names = re.findall(r"^ +(?:key|name): (ckptcache-.*)$", text, re.M)
+    assert len(names) == 3
+    assert all(n.endswith("${{ strategy.job-total > 1 && format('-{0}', strategy.job-index) || '' }}") for n in names)
+
+
 def test_a_pull_request_never_runs_with_permission_to_write():
     for path in WORKFLOWS:
         if re.search(r"^  pull_request(?:_target)?:", path.read_text(), re.M):
