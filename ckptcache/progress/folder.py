@@ -16,6 +16,8 @@ _RUN_NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 IGNORED = (
     *("*.pt", "*.pth", "*.bin", "*.safetensors", "*.bundle"),
     *("*.db", "*.db-shm", "*.db-wal", "*.lock", "*.prev", "*.tmp"),
+    # A session that is told no other place leaves its summary beside the index; the record's own is made of that.
+    "*/cache/training_summary.json",
     *("checkpoints/", "data/", "exports/", "memory/", "quarantine/", "records/", "sessions/"),
 )
 """What stays out of git: big, private to a machine, or made again from what is there."""

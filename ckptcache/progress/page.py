@@ -130,7 +130,7 @@ def _going_on(labels: Labels, folder: str | None) -> list[str]:
     told = "No checkpoint has a finite validation loss yet."
     if best is not None:
         told = f"**Best: {_loss_and_place(best)}** ({code(labels.short(best.id))}, {labels.status(best)})."
-    session = "The next session" if folder is None else f"A session with `--out_dir {folder}/{view.name}`"
+    session = "The next session" if folder is None else f"A training whose cache is `{folder}/{view.name}/cache`"
     lines = [f"{told} {session} {_next(labels)}"]
     if folder is None:
         return lines

@@ -48,8 +48,8 @@ def test_the_page_begins_with_all_runs():
 def test_the_best_is_named_with_what_goes_on_from_it():
     text = page.readme([run(3)])
     assert "**Best: val loss 1.3158 at iteration 120** (`ckpt_20260102_000002`, available)." in text
-    assert "A session with `--out_dir .training-progress/ci` goes on from it." in text
-    assert "`--out_dir elsewhere/ci`" in page.readme([run(3)], folder="elsewhere")
+    assert "A training whose cache is `.training-progress/ci/cache` goes on from it." in text
+    assert "`elsewhere/ci/cache`" in page.readme([run(3)], folder="elsewhere")
 
 
 def test_when_the_best_is_only_recorded_the_next_is_named():
@@ -141,7 +141,7 @@ def test_runs_with_little_in_them():
     index = Index()
     add_session(index, [math.nan, math.inf])
     text = page.readme([view_of("ci", index, frozenset(index.checkpoints))])
-    assert "No checkpoint has a finite validation loss yet. A session with" in text
+    assert "No checkpoint has a finite validation loss yet. A training whose cache" in text
     assert "starts afresh" in text
     index.sessions.clear()
     assert "### Sessions" not in page.readme([view_of("ci", index, frozenset())])

@@ -25,6 +25,7 @@ def test_big_and_private_files_stay_out_of_git(clone):
     prepare(folder(clone))
     train(clone)
     run = run_of(clone)
+    (run.cache_dir / "training_summary.json").write_text("{}")
     for name in ("a.pth", "train.bin", "history.db", "history.db-wal", "metadata.json.prev", "x.tmp", "b.bundle"):
         (run.cache_dir / name).write_bytes(b"x")
     git(clone, "add", "-A")
