@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
 from ckptcache.policy import quality
 from ckptcache.progress.folder import Run
+from ckptcache.progress.removed import note_removed
 from ckptcache.progress.restore import open_ledger
 from ckptcache.progress.summarize import local_view
 from ckptcache.progress.views import RunView
@@ -57,11 +58,13 @@ def clean(
     ledger = open_ledger(run)
     with ledger.change() as change:
         cleaning = plan(local_view(run), **limits)  # type: ignore[arg-type]
+        if gone := [*cleaning.checkpoints, *cleaning.sessions]:
+            note_removed(run, gone)
         for id in cleaning.checkpoints:
             change.index.checkpoints.pop(id, None)
         for id in cleaning.sessions:
             change.index.sessions.pop(id, None)
-        change.is_dirty |= bool(cleaning.checkpoints or cleaning.sessions)
+        change.is_dirty |= bool(gone)
     return cleaning
 
 
