@@ -242,8 +242,9 @@ class _Committing:
         if ours.mended:
             with ledger.file.held():
                 ours = settled(ledger, run, self.repository)
+        base = base_of(self.repository, parent, run.index)
         with ledger.change() as change:
-            take_up(change, run, ours, base_of(self.repository, parent, run.index), theirs)
+            take_up(change, run, ours, base, theirs)
         self._note_mended(run, ours.mended)
         catalog = ledger.view()
         before = view_of(run.name, theirs.index, self._kept(run), catalog.config)

@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ckptcache import words
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.progress.markdown import printable
 from ckptcache.progress.views import RunView
+
+_LINES, _LONGEST_REASON, _LARGE = 20, 40, 1e6
+"""Sessions of a run that are told of one by one; characters of why one ended; losses that are written shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +72,14 @@ def _is_comparable(change: RunChange, before: CheckpointMetadata, after: Checkpo
 def _body(change: RunChange) -> list[str]:
     known = change.before.index.sessions
     new = [s for s in change.after.sessions if known.get(s.id) != s]
-    return [_session_line(change.after.name, session) for session in reversed(new)]
+    left_out = [f"{change.after.name}: and {words.count(len(new) - _LINES, 'older session')}"] * (len(new) > _LINES)
+    return left_out + [_session_line(change.after.name, session) for session in reversed(new[:_LINES])]
 
 
 def _session_line(run: str, session: SessionRecord) -> str:
     origin = f"from {session.parent}" if session.parent else "from a fresh start"
     losses = f"val_loss {_number(session.first_val_loss)} to {_number(session.last_val_loss)}"
-    how = session.stop_reason or "unfinished"
+    how = printable(session.stop_reason or "unfinished", _LONGEST_REASON)
     return (
         f"{run}: {session.id}, {origin}, iterations {session.start_iteration} to {session.end_iteration}, {losses}, "
         f"{session.saved} saved, {how}"
@@ -81,4 +87,4 @@ def _session_line(run: str, session: SessionRecord) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
+    return "unknown" if value is None else f"{value:.4f}" if abs(value) < _LARGE else f"{value:.4g}"

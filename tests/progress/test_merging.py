@@ -4,9 +4,12 @@ import shutil
 
 import pytest
 
+from ckptcache.errors import GitFailed
+from ckptcache.progress import git as running_git
 from ckptcache.progress import restore as restoring
 from ckptcache.progress.clean import clean
 from ckptcache.progress.commit import commit
+from ckptcache.progress.git import Repository
 from ckptcache.progress.restore import open_ledger, restore
 from tests.progress.repos import RUN, committed, folder, run_of, train
 from tests.progress.repos import clone as clone_of
@@ -101,3 +104,28 @@ def test_a_checkpoint_that_a_training_saves_during_a_restore_is_no_stranger(orig
     assert restored.refused == {}
     assert set(later[0].ids) < restored.view.available
     assert set(later[0].ids) < set(open_ledger(run_of(clone)).view().observed.available)
+
+
+def test_no_training_waits_for_git(origin, clone, monkeypatch):
+    """Git may have to ask its remote for what it was not given yet, and for as long a training couldn't save."""
+    train(clone)
+    commit(folder(clone))
+    train(clone, [1.0])
+    index, ran, run_git = open_ledger(run_of(clone)).file, [], Repository._run
+
+    def run_beside_a_training(self, *arguments, **given):
+        with index.held(timeout=0):
+            ran.append(arguments[0])
+        return run_git(self, *arguments, **given)
+
+    monkeypatch.setattr(Repository, "_run", run_beside_a_training)
+    restore(folder(clone), RUN)
+    commit(folder(clone))
+    assert {"fetch", "merge-base", "push"} <= set(ran)
+
+
+def test_a_git_that_hangs_is_named(clone, monkeypatch):
+    train(clone)
+    monkeypatch.setattr(running_git, "TIMEOUT", 1e-6)
+    with pytest.raises(GitFailed, match=r"rev-parse.*no answer"):
+        commit(folder(clone))
