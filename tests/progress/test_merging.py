@@ -72,6 +72,7 @@ def test_a_file_whose_record_others_took_out_is_kept_and_held_against_its_digest
     files = run_of(job).cache_dir / "checkpoints"
     shutil.copytree(run_of(clone).cache_dir / "checkpoints", files)
     without_files(clone, old.ids)
+    commit(folder(clone))
     clean(run_of(clone), older_than_days=None, max_records=1, dry_run=False)
     commit(folder(clone))
     assert not set(old.ids) & set(committed(origin).checkpoints)
