@@ -51,22 +51,24 @@ def _subject(change: RunChange) -> str:
 
 def _best(change: RunChange) -> str:
     """``best 2.1034 (improved from 2.2210)``; of two records without a loss, nothing is better."""
-    before, after = change.before.best, change.after.best
+    before, after = _bests(change)
     if after is None:
         return "no best yet"
     text = f"best {_number(after.val_loss)}"
     if before is None:
-        return f"{text} (the first)"
-    if not _is_comparable(change, before, after):
-        return f"{text} (another model or other data)"
+        return f"{text} (the first{' of its model and data' if change.before.best is not None else ''})"
     if before.id == after.id:
         return f"{text} (not improved)"
     is_lower = None not in (before.val_loss, after.val_loss) and after.val_loss < before.val_loss  # type: ignore[operator]
     return f"{text} ({'improved from' if is_lower else 'was'} {_number(before.val_loss)})"
 
 
-def _is_comparable(change: RunChange, before: CheckpointMetadata, after: CheckpointMetadata) -> bool:
-    return change.before.catalog.group(before) == change.after.catalog.group(after)
+def _bests(change: RunChange) -> tuple[CheckpointMetadata | None, CheckpointMetadata | None]:
+    """The best before and after, among those that the session's losses can be compared with."""
+    group = change.after.group_of(change.session) if change.session is not None else None
+    if group is None:
+        return change.before.best, change.after.best
+    return change.before.best_of(group), change.after.best_of(group)
 
 
 def _body(change: RunChange) -> list[str]:
