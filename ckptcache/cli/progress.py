@@ -235,8 +235,9 @@ def _run_lines(views: "Sequence[RunView]") -> Iterator[str]:
 def commit(runs: tuple[str, ...], remote: str | None, branch: str | None, no_push: bool, report: Path | None) -> None:
     """Merge the records with those that others have pushed, make what is made of them anew, commit and push.
 
-    Never forces, and touches nothing outside of the folder. When the branch can't be pushed to, the commit is left in a
-    bundle beside the records, and the command ends with 1. Without RUN, the records of all runs that are here.
+    Never forces, and commits nothing outside of the folder. The branch that is checked out follows what was pushed, as
+    with `git pull --ff-only`, if nothing here is in its way. When the branch can't be pushed to, the commit is left in
+    a bundle beside the records, and the command ends with 1. Without RUN, the records of all runs that are here.
     """
     from ckptcache.errors import CkptCacheError
     from ckptcache.progress import report as texts

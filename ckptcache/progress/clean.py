@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
+from ckptcache.errors import GitFailed, NotARepository
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
 from ckptcache.policy import quality
+from ckptcache.progress.derived import available_in
 from ckptcache.progress.folder import Run
+from ckptcache.progress.git import Repository
+from ckptcache.progress.removed import note_removed
 from ckptcache.progress.restore import open_ledger
 from ckptcache.progress.summarize import local_view
 from ckptcache.progress.views import RunView
@@ -28,14 +33,24 @@ class Cleaning:
     kept: Mapping[str, str]
 
 
-def plan(view: RunView, *, older_than_days: float | None, max_records: int | None, now: datetime) -> Cleaning:
+def plan(
+    view: RunView,
+    *,
+    older_than_days: float | None,
+    max_records: int | None,
+    now: datetime,
+    elsewhere: frozenset[str] = frozenset(),
+) -> Cleaning:
     """Which records are older than so many days, or beyond the newest so many.
 
     What stays in any case: a checkpoint whose file is kept, is pinned or named, the best and the latest of its
     group; the newest session, and every session that a checkpoint or a session which stays came from.
+
+    Args:
+        elsewhere: ids of the checkpoints whose files are kept by others.
     """
     checkpoints = _excess(view.index.checkpoints, "created_at", older_than_days, max_records, now)
-    needed = _needed_checkpoints(view)
+    needed = {**dict.fromkeys(elsewhere, "its file is kept elsewhere"), **_needed_checkpoints(view)}
     gone = {id: reason for id, reason in checkpoints.items() if id not in needed}
     sessions = _excess(view.index.sessions, "started_at", older_than_days, max_records, now)
     needed_sessions = _needed_sessions(view, set(view.index.checkpoints) - gone.keys(), set(sessions))
@@ -51,18 +66,36 @@ def clean(
 
     Raises CacheDirNotWritable.
     """
-    limits = {"older_than_days": older_than_days, "max_records": max_records, "now": now or datetime.now(UTC)}
+    planned = partial(
+        plan,
+        older_than_days=older_than_days,
+        max_records=max_records,
+        now=now or datetime.now(UTC),
+        elsewhere=_kept_elsewhere(run),
+    )
     if dry_run:
-        return plan(local_view(run), **limits)  # type: ignore[arg-type]
+        return planned(local_view(run))
     ledger = open_ledger(run)
     with ledger.change() as change:
-        cleaning = plan(local_view(run), **limits)  # type: ignore[arg-type]
+        cleaning = planned(local_view(run))
+        if gone := [*cleaning.checkpoints, *cleaning.sessions]:
+            note_removed(run, gone)
         for id in cleaning.checkpoints:
             change.index.checkpoints.pop(id, None)
         for id in cleaning.sessions:
             change.index.sessions.pop(id, None)
-        change.is_dirty |= bool(cleaning.checkpoints or cleaning.sessions)
+        change.is_dirty |= bool(gone)
     return cleaning
+
+
+def _kept_elsewhere(run: Run) -> frozenset[str]:
+    """Which files the committed summary says are kept; one that a training has written here can't tell."""
+    try:
+        repository = Repository.around(run.root)
+        head = repository.head()
+        return available_in(repository.read(head, repository.relative(run.summary)) if head else None)
+    except (NotARepository, GitFailed):
+        return frozenset()
 
 
 # --- deciding ------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from ckptcache.progress.derived import available_in, page_file, run_files
 from ckptcache.progress.folder import ProgressFolder, Run, is_run_name
 from ckptcache.progress.git import Outrun, Refused, Unreachable
 from ckptcache.progress.message import RunChange, commit_message
-from ckptcache.progress.record import Record, base_of, record_at, vouched
-from ckptcache.progress.restore import local_record, open_ledger, take_up
+from ckptcache.progress.record import Record, base_of, record_at
+from ckptcache.progress.restore import local_record, open_ledger, settled, take_up
 from ckptcache.progress.setup import completed, needed_lines, own_bytes
 from ckptcache.progress.summarize import write_changed
 from ckptcache.progress.target import Target, find_target
@@ -242,11 +242,10 @@ class _Committing:
         ledger = open_ledger(run)
         if ours.mended:
             with ledger.file.held():
-                ledger.set_aside_index()
+                ours = settled(ledger, run, self.repository)
+        base = base_of(self.repository, parent, run.index)
         with ledger.change() as change:
-            take_up(change, ours, base_of(self.repository, parent, run.index), theirs.index)
-            change.index, strange = vouched(change.index, theirs.index)
-            change.is_dirty |= bool(strange)
+            take_up(change, run, ours, base, theirs)
         self._note_mended(run, ours.mended)
         catalog = ledger.view()
         before = view_of(run.name, theirs.index, self._kept(run), catalog.config)

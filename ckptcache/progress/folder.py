@@ -15,7 +15,7 @@ _RUN_NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 IGNORED = (
     *("*.pt", "*.pth", "*.bin", "*.safetensors", "*.bundle"),
-    *("*.db", "*.db-shm", "*.db-wal", "*.lock", "*.prev", "*.tmp"),
+    *("*.db", "*.db-shm", "*.db-wal", "*.lock", "*.prev", "*.removed", "*.tmp"),
     # A session that is told no other place leaves its summary beside the index; the record's own is made of that.
     "*/cache/training_summary.json",
     *("checkpoints/", "data/", "exports/", "memory/", "quarantine/", "records/", "sessions/"),
@@ -57,6 +57,11 @@ class Run:
     def index(self) -> Path:
         """`metadata.json`."""
         return self.cache_dir / INDEX_NAME
+
+    @property
+    def removed(self) -> Path:
+        """Ids of what was taken out of the index here, one in a line; private to the clone."""
+        return self.cache_dir / f"{INDEX_NAME}.removed"
 
     @property
     def summary(self) -> Path:

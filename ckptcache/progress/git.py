@@ -18,6 +18,7 @@ from ckptcache.storage import fs
 
 TIMEOUT = 300.0
 """Seconds for one command; a network that answers nothing must not keep a job until its own limit."""
+_ASK_THE_REMOTE = ("fetch", "push")
 _NO_REMOTE_BRANCH = "couldn't find remote ref"
 _REFUSED = (
     *("permission", "denied", "error: 403", "error: 401", "authentication", "could not read username"),
@@ -98,7 +99,10 @@ class Repository:
                 command, cwd=self.root, input=given, capture_output=True, env=env, timeout=TIMEOUT, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise Unreachable(f"no answer within {TIMEOUT:g} seconds") from error
+            reason = f"no answer within {TIMEOUT:g} seconds"
+            if arguments[0] in _ASK_THE_REMOTE:
+                raise Unreachable(reason) from error
+            raise GitFailed(command=arguments[0], reason=reason, path=self.root) from error
         return Answer(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
 
     def _ask(self, *arguments: str, given: bytes = b"", environment: Mapping[str, str] | None = None) -> Answer:

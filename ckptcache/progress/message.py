@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ckptcache import words
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.progress.markdown import printable
 from ckptcache.progress.views import RunView
+
+_LINES, _LONGEST_REASON, _LARGE = 20, 40, 1e6
+"""Sessions of a run that are told of one by one; characters of why one ended; losses that are written shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +51,37 @@ def _subject(change: RunChange) -> str:
 
 def _best(change: RunChange) -> str:
     """``best 2.1034 (improved from 2.2210)``; of two records without a loss, nothing is better."""
-    before, after = change.before.best, change.after.best
+    before, after = _bests(change)
     if after is None:
         return "no best yet"
     text = f"best {_number(after.val_loss)}"
     if before is None:
-        return f"{text} (the first)"
-    if not _is_comparable(change, before, after):
-        return f"{text} (another model or other data)"
+        return f"{text} (the first{' of its model and data' if change.before.best is not None else ''})"
     if before.id == after.id:
         return f"{text} (not improved)"
     is_lower = None not in (before.val_loss, after.val_loss) and after.val_loss < before.val_loss  # type: ignore[operator]
     return f"{text} ({'improved from' if is_lower else 'was'} {_number(before.val_loss)})"
 
 
-def _is_comparable(change: RunChange, before: CheckpointMetadata, after: CheckpointMetadata) -> bool:
-    return change.before.catalog.group(before) == change.after.catalog.group(after)
+def _bests(change: RunChange) -> tuple[CheckpointMetadata | None, CheckpointMetadata | None]:
+    """The best before and after, among those that the session's losses can be compared with."""
+    group = change.after.group_of(change.session) if change.session is not None else None
+    if group is None:
+        return change.before.best, change.after.best
+    return change.before.best_of(group), change.after.best_of(group)
 
 
 def _body(change: RunChange) -> list[str]:
     known = change.before.index.sessions
     new = [s for s in change.after.sessions if known.get(s.id) != s]
-    return [_session_line(change.after.name, session) for session in reversed(new)]
+    left_out = [f"{change.after.name}: and {words.count(len(new) - _LINES, 'older session')}"] * (len(new) > _LINES)
+    return left_out + [_session_line(change.after.name, session) for session in reversed(new[:_LINES])]
 
 
 def _session_line(run: str, session: SessionRecord) -> str:
     origin = f"from {session.parent}" if session.parent else "from a fresh start"
     losses = f"val_loss {_number(session.first_val_loss)} to {_number(session.last_val_loss)}"
-    how = session.stop_reason or "unfinished"
+    how = printable(session.stop_reason or "unfinished", _LONGEST_REASON)
     return (
         f"{run}: {session.id}, {origin}, iterations {session.start_iteration} to {session.end_iteration}, {losses}, "
         f"{session.saved} saved, {how}"
@@ -81,4 +89,4 @@ def _session_line(run: str, session: SessionRecord) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
+    return "unknown" if value is None else f"{value:.4f}" if abs(value) < _LARGE else f"{value:.4g}"

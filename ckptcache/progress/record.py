@@ -1,7 +1,7 @@
 """A run's record wherever it is: in the work tree, in a commit, or broken, with what can be saved of it."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,6 +101,28 @@ def merged(*indexes: Index) -> Index:
     found = Index()
     for index in indexes:
         found = merge(Index(), found, index)
+    return found
+
+
+def told_apart(base: Index, ours: Record, theirs: Record, *, removed: Set[str], kept: Collection[str]) -> Index:
+    """`base` as a merge needs it: without what a side lacks and did not remove on purpose.
+
+    The record here may be older than the base, if it came out of a cache, or newly begun, after its folder was lost.
+    What git lacks was removed by somebody's commit, but a checkpoint whose file is here stays all the same.
+
+    Args:
+        removed: ids of what was removed here on purpose.
+        kept: ids of the checkpoints whose files are here.
+    """
+    found = base.copy()
+    for part, held in (("checkpoints", kept), ("sessions", ())):
+        here, there = getattr(ours.index, part), getattr(theirs.index, part)
+        # Also what git has gained since the base, if it was brought here and removed.
+        before = {id: there[id] for id in removed & there.keys()} | getattr(base, part)
+        is_known = {id for id in before if id in there or (theirs.is_whole and id not in held)}
+        setattr(found, part, {id: before[id] for id in is_known if id in here or id in removed})
+    if not (ours.is_whole and theirs.is_whole and base.sessions.keys() <= ours.index.sessions.keys() | removed):
+        found.names = {n: p for n, p in base.names.items() if n in ours.index.names and n in theirs.index.names}
     return found
 
 

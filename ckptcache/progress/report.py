@@ -1,12 +1,16 @@
 """What is said in a job's summary of a restore and of a commit, as Markdown."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from ckptcache import words
 from ckptcache.errors import CkptCacheError
 from ckptcache.progress import page
 from ckptcache.progress.commit import Committed
 from ckptcache.progress.markdown import prose
 from ckptcache.progress.restore import Restored
+
+_LISTED = 20
+"""Files and notes that are told of one by one: GitHub takes 1 MiB of a step, or nothing."""
 
 
 def restored(done: Restored) -> str:
@@ -17,7 +21,8 @@ def restored(done: Restored) -> str:
         "",
         f"- {len(observed.available)} checkpoints available and verified, {len(observed.missing)} only recorded, "
         f"{len(done.view.index.sessions)} sessions",
-        *(f"- **refused** {prose(name)}: {prose(reason)}; not read" for name, reason in done.refused.items()),
+        *(f"- **refused** {prose(name)}: {prose(why)}; not read" for name, why in list(done.refused.items())[:_LISTED]),
+        *_rest(len(done.refused), "more file", "refused"),
         *_notes(done.notes),
     ]
     return "\n".join(lines) + "\n\n"
@@ -44,5 +49,10 @@ def failed(what: str, error: CkptCacheError) -> str:
     return f"### {what}\n\n{prose(str(error))}\n\n"
 
 
-def _notes(notes: Iterable[str]) -> list[str]:
-    return [f"- {prose(note)}" for note in notes]
+def _notes(notes: Sequence[str]) -> list[str]:
+    return [*(f"- {prose(note)}" for note in notes[:_LISTED]), *_rest(len(notes), "more note", "left out here")]
+
+
+def _rest(number: int, what: str, became: str) -> list[str]:
+    left = number - _LISTED
+    return [f"- {words.count(left, what)} {'was' if left == 1 else 'were'} {became}"] if left > 0 else []

@@ -9,7 +9,18 @@ from ckptcache.errors import CkptCacheError, IndexDamaged
 from ckptcache.ledger import Change, Ledger
 from ckptcache.progress.folder import ProgressFolder, Run
 from ckptcache.progress.git import Refused, Repository, Unreachable
-from ckptcache.progress.record import Record, base_of, from_history, merged, read, record_at, versions, vouched
+from ckptcache.progress.record import (
+    Record,
+    base_of,
+    from_history,
+    merged,
+    read,
+    record_at,
+    told_apart,
+    versions,
+    vouched,
+)
+from ckptcache.progress.removed import removed_from
 from ckptcache.progress.target import Target, find_target
 from ckptcache.progress.views import RunView
 from ckptcache.storage.admission import Progress, refuse_previous, refuse_strangers, verify_files
@@ -78,33 +89,51 @@ def restore(
     known = merged(ours.index, committed.record.index)
     if not known.checkpoints and not known.sessions and not run.cache_dir.is_dir():
         return Restored(RunView(name, ledger.view()), notes=[*notes, "there is no record yet: the run begins"])
-    refused = _refused_unread(ledger, ours, known, adopt=adopt)
+    ours, refused = _refused_unread(ledger, run, committed, adopt=adopt)
     with ledger.change() as change:
-        take_up(change, ours, committed.base, committed.record.index)
-        change.index, strange = vouched(change.index, committed.record.index)
-        change.is_dirty |= bool(strange)
+        strange = take_up(change, run, ours, committed.base, committed.record)
+        refused |= {} if adopt else refuse_strangers(change.index, ledger.layout)
         refused |= verify_files(change.index, ledger.layout, writer=ledger.writer, progress=progress).refused
     notes += [f"{id}: its digest was edited here, and the one in git counts" for id in strange]
     return Restored(RunView(name, ledger.view()), refused, notes)
 
 
-def _refused_unread(ledger: Ledger, ours: Record, known: Index, *, adopt: bool) -> dict[str, str]:
-    """Put away what nothing vouches for, before the cache is opened and takes it up."""
+def _refused_unread(ledger: Ledger, run: Run, committed: "_Committed", *, adopt: bool) -> tuple[Record, dict[str, str]]:
+    """Put away what nothing vouches for, before the cache is opened and takes it up; returns also the record here."""
     ledger.refuse_links()
     with ledger.file.held():
-        if ours.mended:
-            ledger.set_aside_index()
+        # Anew, since a training may have saved meanwhile: its checkpoint is no stranger.
+        ours = settled(ledger, run, committed.repository)
         if adopt:
-            return {}
+            return ours, {}
         refused = refuse_previous(ledger.file, ledger.layout, is_whole=ours.is_whole, writer=ledger.writer)
-        return refused | refuse_strangers(known, ledger.layout)
+        known = merged(ours.index, committed.record.index)
+        return ours, refused | refuse_strangers(known, ledger.layout)
 
 
-def take_up(change: Change, ours: Record, base: Index, theirs: Index) -> None:
-    """Merge what git has into an open index. What was lost or broken here was not removed on purpose."""
+def settled(ledger: Ledger, run: Run, repository: Repository | None) -> Record:
+    """The record here while nobody changes it; a broken one is set aside. The index's lock must be held."""
+    ours = local_record(run, repository)
+    if ours.mended:
+        ledger.set_aside_index()
+    return ours
+
+
+def take_up(change: Change, run: Run, ours: Record, base: Index, theirs: Record) -> list[str]:
+    """Merge what git has into an open index; returns the ids of those whose digests here differed from git's.
+
+    What was lost or broken here, or is older here than `base`, was not removed on purpose.
+    """
     if ours.mended:
         change.absorb(Index(), ours.index)
-    change.absorb(base if ours.is_whole else Index(), theirs)
+    known = Record(change.index, is_whole=ours.is_whole)
+    change.absorb(
+        told_apart(base, known, theirs, removed=removed_from(run), kept=change.observed.available), theirs.index
+    )
+    trusted = Index(checkpoints={**base.checkpoints, **theirs.index.checkpoints})
+    change.index, strange = vouched(change.index, trusted)
+    change.is_dirty |= bool(strange)
+    return strange
 
 
 def open_ledger(run: Run) -> Ledger:

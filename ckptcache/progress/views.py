@@ -6,6 +6,8 @@ from pathlib import Path
 from ckptcache.catalog import Catalog
 from ckptcache.config import CacheConfig
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.policy import quality
+from ckptcache.policy.compatibility import Group
 from ckptcache.storage.index import Index
 from ckptcache.storage.reconcile import Observed
 
@@ -40,10 +42,20 @@ class RunView:
     @property
     def best(self) -> CheckpointMetadata | None:
         """The best checkpoint of the group in use, whether its file is kept or not; None without a finite loss."""
-        for record in self.catalog.ranked(everything=True):
-            if self.catalog.scores[record.id].status == "known":
-                return record
-        return None
+        return next(filter(self._is_known, self.catalog.ranked(everything=True)), None)
+
+    def best_of(self, group: Group) -> CheckpointMetadata | None:
+        """The best checkpoint of a group, whether its file is kept or not; None without a finite loss."""
+        return quality.best(filter(self._is_known, self.catalog.groups.get(group, [])), self.catalog.scores)
+
+    def group_of(self, session: SessionRecord) -> Group | None:
+        """The group that a session's checkpoints are in, or the one that it went on from; None if neither is known."""
+        own = (r for r in self.index.checkpoints.values() if r.session == session.id)
+        witness = max(own, key=lambda r: r.order, default=self.index.checkpoints.get(session.parent or ""))
+        return None if witness is None else self.catalog.group(witness)
+
+    def _is_known(self, record: CheckpointMetadata) -> bool:
+        return self.catalog.scores[record.id].status == "known"
 
 
 def view_of(name: str, index: Index, available: frozenset[str], config: CacheConfig | None = None) -> RunView:

@@ -35,6 +35,7 @@ INDEX_NAME = "metadata.json"
 MAX_INDEX_BYTES = 256 * 1024 * 1024
 _JSON = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
 _PARTS = ("checkpoints", "sessions", "names", "configs", "fingerprints")
+_BY_CONTENT = ("configs", "fingerprints")
 
 T = TypeVar("T")
 _ABSENT: Any = object()
@@ -355,14 +356,12 @@ def merge(base: Index, ours: Index, theirs: Index) -> Index:
 
     Each entry takes the greater of both sides in the order: as in the base, removed, changed (by
     revision, then by content). That is a join, so the merge is associative, commutative and
-    idempotent, and nothing that one side changed is lost to a removal on the other.
+    idempotent, and nothing that one side changed is lost to a removal on the other. Of what is named
+    by its content, the configurations and fingerprints, it is always the union.
     """
-    return Index(
-        **{
-            part: _merge_part(getattr(base, part), getattr(ours, part), getattr(theirs, part))
-            for part in (*_PARTS, "unknown")
-        }
-    )
+    # What nothing names anymore isn't written, so that nobody ever removes a configuration which the other side needs.
+    bases = {part: {} if part in _BY_CONTENT else getattr(base, part) for part in (*_PARTS, "unknown")}
+    return Index(**{p: _merge_part(before, getattr(ours, p), getattr(theirs, p)) for p, before in bases.items()})
 
 
 def _merge_part(base: dict[str, T], ours: dict[str, T], theirs: dict[str, T]) -> dict[str, T]:

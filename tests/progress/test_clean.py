@@ -9,6 +9,7 @@ from ckptcache.progress.commit import commit
 from ckptcache.progress.restore import open_ledger
 from ckptcache.progress.views import view_of
 from ckptcache.storage.index import Index
+from tests.progress import repos
 from tests.progress.repos import committed, folder, run_of, train
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -86,3 +87,14 @@ def test_a_dry_run_changes_nothing_and_the_real_one_reaches_the_branch(origin, c
     assert set(open_ledger(run_of(clone)).view().index.checkpoints) == set(new.ids)
     commit(folder(clone))
     assert set(committed(origin).checkpoints) == set(new.ids)
+
+
+def test_what_others_keep_the_files_of_stays_in_a_clone_with_files_of_its_own(origin, clone, tmp_path):
+    theirs = train(clone)
+    commit(folder(clone))
+    laptop = repos.clone(origin, tmp_path / "laptop")
+    train(laptop, [4.0], resume="never")
+    planned = clean(run_of(laptop), older_than_days=None, max_records=0, dry_run=True)
+    assert planned.checkpoints == {}
+    assert "its file is kept elsewhere" in {planned.kept[id] for id in theirs.ids}
+    assert clean(run_of(laptop), older_than_days=None, max_records=0, dry_run=False) == planned

@@ -7,6 +7,7 @@ from ckptcache.errors import NoBranch, ProgressNotFound, PushFailed, RunNotFound
 from ckptcache.progress import commit as committing
 from ckptcache.progress.commit import commit, delays
 from ckptcache.progress.git import Repository
+from ckptcache.progress.removed import note_removed
 from ckptcache.progress.restore import open_ledger
 from ckptcache.storage.index import parse
 from tests.progress.repos import RUN, committed, folder, git, run_of, train
@@ -225,6 +226,7 @@ def test_what_was_removed_here_on_purpose_is_removed_there(origin, clone):
     trained = train(clone, [3.0, 2.0])
     commit(folder(clone))
     with open_ledger(run_of(clone)).change() as change:
+        note_removed(run_of(clone), trained.ids[:1])
         del change.index.checkpoints[trained.ids[0]]
         change.is_dirty = True
         (run_of(clone).cache_dir / "checkpoints" / f"{trained.ids[0]}.json").unlink()

@@ -5,8 +5,8 @@ from hypothesis import given
 
 from ckptcache.errors import IndexDamaged, IndexTooNew
 from ckptcache.metadata import CheckpointMetadata
-from ckptcache.progress.record import conflict_sides, merged, read, vouched
-from ckptcache.storage.index import Index, serialise
+from ckptcache.progress.record import Record, conflict_sides, merged, read, told_apart, vouched
+from ckptcache.storage.index import Index, merge, serialise
 from tests.strategies import indexes
 
 PATH = Path("metadata.json")
@@ -87,3 +87,22 @@ def test_the_digest_of_git_counts():
 
 def test_a_union_keeps_what_any_has():
     assert set(merged(index_with("a"), Index(), index_with("b")).checkpoints) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_whole", "removed", "kept", "left"),
+    [
+        ("ab", "ab", True, "", "", "ab"),
+        ("a", "ab", True, "", "", "ab"),  # merely lacking here
+        ("a", "ab", True, "b", "", "a"),  # taken out here
+        ("a", "abc", True, "c", "", "ab"),  # taken out here, where the clone is behind
+        ("ab", "a", True, "", "", "a"),  # taken out by somebody's commit
+        ("ab", "a", True, "", "b", "ab"),  # the same, but its file is here
+        ("ab", "", False, "", "", "ab"),  # what can't be read removes nothing
+        ("", "ab", True, "ab", "", ""),
+    ],
+)
+def test_only_what_was_taken_out_on_purpose_is_removed(ours, theirs, is_whole, removed, kept, left):
+    base, here, there = index_with(*"ab"), index_with(*ours), index_with(*theirs)
+    told = told_apart(base, Record(here), Record(there, is_whole=is_whole), removed={*removed}, kept=kept)
+    assert set(merge(told, here, there).checkpoints) == set(left)

@@ -19,6 +19,7 @@ from tests.strategies import edits, indexes, mutations
 
 PATH = Path("metadata.json")
 PARTS = ("checkpoints", "sessions", "names", "configs", "fingerprints", "unknown")
+BY_CONTENT = ("configs", "fingerprints")
 
 
 def plain(entry):
@@ -225,8 +226,14 @@ def test_merging_is_idempotent(history):
 @given(histories(1))
 def test_what_only_one_side_did_is_what_comes_out(history):
     base, a = history
-    assert same(merge(base, a, base), a)
-    assert same(merge(base, base, a), a)
+    # Of what is named by its content nothing is removed, until nothing names it when the index is written.
+    whole = dataclasses.replace(a, **{p: {**getattr(base, p), **getattr(a, p)} for p in BY_CONTENT})
+    for merged in (merge(base, a, base), merge(base, base, a)):
+        for part in PARTS:
+            if part in BY_CONTENT:
+                assert contents(merged)[part].keys() == contents(whole)[part].keys()
+            else:
+                assert contents(merged)[part] == contents(whole)[part]
 
 
 @given(histories(2))
@@ -238,7 +245,10 @@ def test_nothing_that_one_side_changed_is_lost(history):
             original, changed = before[part].get(key), {left[part].get(key), right[part].get(key)}
             touched = changed - {original}
             outcome = merged[part].get(key)
-            if not touched:
+            if part in BY_CONTENT:
+                assert outcome in {left[part].get(key), right[part].get(key)}
+                assert (outcome is None) == (key not in left[part] and key not in right[part])
+            elif not touched:
                 assert outcome == original
             elif touched == {None}:
                 assert outcome is None
@@ -745,3 +755,14 @@ def test_damage_is_found_in_one_of_many_records():
     document["checkpoints"][id]["size"] = "1234"
     with pytest.raises(IndexDamaged, match="size"):
         parsed(document)
+
+
+def test_a_configuration_that_one_side_no_longer_names_stays_for_the_other():
+    base, theirs = Index(), Index()
+    name = base.store_config({"n_layer": 2})
+    base.checkpoints["a"] = CheckpointMetadata(id="a", model_config=name)
+    theirs = base.copy()
+    theirs.checkpoints["b"] = CheckpointMetadata(id="b", model_config=name)
+    merged = merge(base, Index(), theirs)
+    assert set(merged.checkpoints) == {"b"}
+    assert parse(serialise(merged), PATH).configs == {name: {"n_layer": 2}}
