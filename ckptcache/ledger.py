@@ -36,6 +36,11 @@ class Change:
         self.observed = observe(self.index, ledger.layout)
         self.is_dirty = bool(opened.adopted) or opened.broken is not None or opened.is_lost
 
+    @property
+    def root(self) -> Path:
+        """The cache folder."""
+        return self._ledger.layout.root
+
     def catalog(self) -> Catalog:
         """The checkpoints as the changed index has them."""
         return Catalog(self._ledger.layout.root, self.index, self.observed, self._ledger.config)

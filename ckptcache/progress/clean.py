@@ -79,7 +79,7 @@ def clean(
     with ledger.change() as change:
         cleaning = planned(local_view(run))
         if gone := [*cleaning.checkpoints, *cleaning.sessions]:
-            note_removed(run, gone)
+            note_removed(run.cache_dir, gone)
         for id in cleaning.checkpoints:
             change.index.checkpoints.pop(id, None)
         for id in cleaning.sessions:

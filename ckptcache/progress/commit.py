@@ -245,7 +245,7 @@ class _Committing:
                 ours = settled(ledger, run, self.repository)
         base = base_of(self.repository, parent, run.index)
         with ledger.change() as change:
-            take_up(change, run, ours, base, theirs)
+            take_up(change, ours, base, theirs)
         self._note_mended(run, ours.mended)
         catalog = ledger.view()
         before = view_of(run.name, theirs.index, self._kept(run), catalog.config)

@@ -59,11 +59,6 @@ class Run:
         return self.cache_dir / INDEX_NAME
 
     @property
-    def removed(self) -> Path:
-        """Ids of what was taken out of the index here, one in a line; private to the clone."""
-        return self.cache_dir / f"{INDEX_NAME}.removed"
-
-    @property
     def summary(self) -> Path:
         """`training_summary.json`, of the newest session."""
         return self.root / SUMMARY_NAME

@@ -91,7 +91,7 @@ def restore(
         return Restored(RunView(name, ledger.view()), notes=[*notes, "there is no record yet: the run begins"])
     ours, refused = _refused_unread(ledger, run, committed, adopt=adopt)
     with ledger.change() as change:
-        strange = take_up(change, run, ours, committed.base, committed.record)
+        strange = take_up(change, ours, committed.base, committed.record)
         refused |= {} if adopt else refuse_strangers(change.index, ledger.layout)
         refused |= verify_files(change.index, ledger.layout, writer=ledger.writer, progress=progress).refused
     notes += [f"{id}: its digest was edited here, and the one in git counts" for id in strange]
@@ -119,7 +119,7 @@ def settled(ledger: Ledger, run: Run, repository: Repository | None) -> Record:
     return ours
 
 
-def take_up(change: Change, run: Run, ours: Record, base: Index, theirs: Record) -> list[str]:
+def take_up(change: Change, ours: Record, base: Index, theirs: Record) -> list[str]:
     """Merge what git has into an open index; returns the ids of those whose digests here differed from git's.
 
     What was lost or broken here, or is older here than `base`, was not removed on purpose.
@@ -128,7 +128,7 @@ def take_up(change: Change, run: Run, ours: Record, base: Index, theirs: Record)
         change.absorb(Index(), ours.index)
     known = Record(change.index, is_whole=ours.is_whole)
     change.absorb(
-        told_apart(base, known, theirs, removed=removed_from(run), kept=change.observed.available), theirs.index
+        told_apart(base, known, theirs, removed=removed_from(change.root), kept=change.observed.available), theirs.index
     )
     trusted = Index(checkpoints={**base.checkpoints, **theirs.index.checkpoints})
     change.index, strange = vouched(change.index, trusted)

@@ -226,7 +226,7 @@ def test_what_was_removed_here_on_purpose_is_removed_there(origin, clone):
     trained = train(clone, [3.0, 2.0])
     commit(folder(clone))
     with open_ledger(run_of(clone)).change() as change:
-        note_removed(run_of(clone), trained.ids[:1])
+        note_removed(run_of(clone).cache_dir, trained.ids[:1])
         del change.index.checkpoints[trained.ids[0]]
         change.is_dirty = True
         (run_of(clone).cache_dir / "checkpoints" / f"{trained.ids[0]}.json").unlink()

@@ -89,10 +89,11 @@ def test_a_conflict_that_git_was_not_told_to_merge_is_taken_up_by_the_next_commi
     train(clone)
     commit(folder(clone))
     other = clone_of(origin, tmp_path / "other")
-    theirs = train(other, [2.5])
+    # Further than the first, or their records could lie apart in the file, and git see no conflict.
+    theirs = train(other, [2.5, 2.4, 2.3])
     git(other, "commit", "-qam", "By hand")
     git(other, "push", "-q", "origin", "main")
-    ours = train(clone, [2.25], resume="never")
+    ours = train(clone, [2.25, 2.2, 2.1], resume="never")
     git(clone, "commit", "-qam", "By hand as well")
     git(clone, "pull", "-q", "--no-rebase", check=False)
     assert "<<<<<<<" in run_of(clone).index.read_text()
