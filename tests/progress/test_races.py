@@ -14,9 +14,11 @@ import torch
 
 from ckptcache.ledger import Change
 from ckptcache.progress import commit as committing
+from ckptcache.progress import restore as restoring
 from ckptcache.progress.commit import commit
+from ckptcache.progress.folder import Run
 from ckptcache.progress.git import Outrun, Repository
-from ckptcache.progress.record import Record, in_commit
+from ckptcache.progress.record import Record
 from ckptcache.progress.restore import restore
 from ckptcache.storage.index import Index, parse
 from tests.faults import end_of, start_child
@@ -296,13 +298,14 @@ def test_who_was_killed_right_after_the_push_is_brought_up_to_date(origin, tmp_p
 # --- that these tests can fail ------------------------------------------------------------------------
 
 
-def keep_ours(change: Change, ours: Record, base: Index, theirs: Index) -> None:
+def keep_ours(change: Change, run: Run, ours: Record, base: Index, theirs: Record) -> list[str]:
     """A merge that takes up nothing."""
+    return []
 
 
-def theirs_as_base(repository: Repository, tip: str | None, path: Path) -> Index:
+def theirs_as_base(base: Index, ours: Record, theirs: Record, **known: object) -> Index:
     """A base after which whatever is not here was removed here."""
-    return in_commit(repository, tip, path).index
+    return theirs.index
 
 
 def push_with_force(self: Repository, remote: str, commit: str, branch: str) -> None:
@@ -315,7 +318,7 @@ def push_with_force(self: Repository, remote: str, commit: str, branch: str) -> 
 
 VARIANTS: dict[str, tuple[object, str, object]] = {
     "ours": (committing, "take_up", keep_ours),
-    "theirs as base": (committing, "base_of", theirs_as_base),
+    "theirs as base": (restoring, "told_apart", theirs_as_base),
     "force": (Repository, "push", push_with_force),
 }
 
