@@ -16,7 +16,6 @@ from ckptcache.ledger import Change
 from ckptcache.progress import commit as committing
 from ckptcache.progress import restore as restoring
 from ckptcache.progress.commit import commit
-from ckptcache.progress.folder import Run
 from ckptcache.progress.git import Outrun, Repository
 from ckptcache.progress.record import Record
 from ckptcache.progress.restore import restore
@@ -298,7 +297,7 @@ def test_who_was_killed_right_after_the_push_is_brought_up_to_date(origin, tmp_p
 # --- that these tests can fail ------------------------------------------------------------------------
 
 
-def keep_ours(change: Change, run: Run, ours: Record, base: Index, theirs: Record) -> list[str]:
+def keep_ours(change: Change, ours: Record, base: Index, theirs: Record) -> list[str]:
     """A merge that takes up nothing."""
     return []
 
