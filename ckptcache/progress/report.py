@@ -19,8 +19,8 @@ def restored(done: Restored) -> str:
     lines = [
         f"### {prose(done.view.name)}: what it goes on from",
         "",
-        f"- {len(observed.available)} checkpoints available and verified, {len(observed.missing)} only recorded, "
-        f"{len(done.view.index.sessions)} sessions",
+        f"- {words.count(len(observed.available), 'checkpoint')} available and verified, {len(observed.missing)} only "
+        f"recorded, {words.count(len(done.view.index.sessions), 'session')}",
         *(f"- **refused** {prose(name)}: {prose(why)}; not read" for name, why in list(done.refused.items())[:_LISTED]),
         *_rest(len(done.refused), "more file", "refused"),
         *_notes(done.notes),
