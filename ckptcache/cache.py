@@ -5,8 +5,6 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +13,7 @@ from ckptcache import checkup, resume, transfer
 from ckptcache.catalog import Catalog, Explanation
 from ckptcache.config import CacheConfig
 from ckptcache.errors import (
-    CheckpointDamaged,
-    CheckpointMissing,
     CheckpointNotFound,
-    CkptCacheError,
     ConfigError,
     InvalidName,
 )
@@ -26,30 +21,15 @@ from ckptcache.ledger import Ledger
 from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_id, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
-from ckptcache.storage import fs
 from ckptcache.storage.datacache import DataCache
 from ckptcache.values import jsonable, texts
 from ckptcache.values import text as as_text
 
 if TYPE_CHECKING:
+    from ckptcache.restoring import Restored
     from ckptcache.saving import Draft, Saver
-    from ckptcache.state.restore import RestoreReport
-    from ckptcache.storage.ptfile import Content
 
 log = logging.getLogger("ckptcache")
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """A restore that worked."""
-
-    record: CheckpointMetadata
-    report: "RestoreReport"
-    """Which parts were restored, which objects stayed fresh, which parts went unused."""
-    state: Mapping[str, Any]
-    """The parts that no object took, such as plain values."""
-    notes: tuple[str, ...] = ()
-    """What was passed over on the way, and why; one sentence each."""
 
 
 class TrainingCache:
@@ -291,7 +271,7 @@ class TrainingCache:
         model_config: Any = None,
         data_config: Any = None,
         rng: bool = True,
-    ) -> Restored | None:
+    ) -> "Restored | None":
         """Restore `objects` from the checkpoint that the policy chooses; None means a fresh start.
 
         Candidates are tried in order: read, verified, checked, applied. One that fails is
@@ -308,62 +288,21 @@ class TrainingCache:
                 that `resume` names can't be restored.
             InvalidValue: one of `objects` can't be changed in place, such as a number.
         """
+        from ckptcache.restoring import restore_first
         from ckptcache.state.restore import check_fillable
 
         check_fillable(objects)
         self.last_notes = self.last_warned = ()
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
-        choice = self.choose(needed, resume)
-        notes, tried = [*choice.notes, *self._lament(choice)], set[str]()
-        choice_notes = len(choice.notes)
-        while untried := [record for record in choice.records if record.id not in tried]:
-            for record in untried:
-                tried.add(record.id)
-                try:
-                    restored = self._restore_from(record, objects, rng)
-                except CkptCacheError as error:
-                    if choice.is_named:
-                        raise
-                    log.warning("%s is passed over: %s", record.id, error)
-                    notes.append(f"{record.id} is passed over: {error}")
-                else:
-                    self._note(notes, choice_notes)
-                    return dataclasses.replace(restored, notes=self.last_notes)
-            # Those that failed may have been evicted meanwhile, in favour of others.
-            choice = self.choose(needed, resume)
-        self._note(notes, choice_notes)
-        return None
-
-    def _note(self, notes: list[str], unsaid: int) -> None:
-        self.last_notes, self.last_warned = tuple(notes), tuple(notes[unsaid:])
-
-    def _lament(self, choice: "resume.Choice") -> list[str]:
-        """Say what would have been restored from, had its file been whole; what is damaged goes to quarantine."""
-        said = []
-        for id, reason in choice.damaged.items():
-            said.append(f"{id} is passed over: {reason}")
-            with suppress(CkptCacheError):
-                self.ledger.quarantine(id, reason)
-        if choice.missing:
-            more = f", as are those of {len(choice.missing) - 1} more" if choice.missing[1:] else ""
-            said.append(f"{choice.missing[0]} would have come first, but its file is gone{more}")
-        for sentence in said:
-            log.warning("%s", sentence)
-        return said
+        restored, told = restore_first(self.ledger, lambda: self.choose(needed, resume), objects, rng=rng)
+        self.last_notes, self.last_warned = told.notes, told.warned
+        return restored
 
     def choose(self, needed: Description, policy: str) -> resume.Choice:
         """The checkpoints that `restore` would try under `policy`, in order, without reading any."""
         catalog = self._catalog(needed)
         held = self.ledger.sessions_by_lease(catalog.index)
         return resume.choose(catalog, needed, policy, live=held["live"], elsewhere=held["unknown"])
-
-    def _restore_from(self, record: CheckpointMetadata, objects: Mapping[str, Any], rng: bool) -> Restored:
-        from ckptcache.state.restore import apply, from_plain
-
-        content = self._read(record)
-        report = apply(objects, content.state, id=record.id, rng=rng)
-        rest = {key: from_plain(content.state[key]) for key in report.unused}
-        return Restored(record, report, rest)
 
     def load(self, wanted: str) -> dict[str, Any]:
         """The verified state tree of a checkpoint, on the CPU, its tensors owning their memory.
@@ -372,26 +311,11 @@ class TrainingCache:
             CheckpointNotFound, AmbiguousId, CheckpointMissing, NotACheckpoint, UnsafeCheckpoint.
             CheckpointDamaged: it differs from its digest; it went to quarantine.
         """
+        from ckptcache.restoring import read
         from ckptcache.state.restore import from_plain
 
-        loaded: dict[str, Any] = from_plain(self._read(self.get(wanted)).state)
+        loaded: dict[str, Any] = from_plain(read(self.ledger, self.get(wanted)).state)
         return loaded
-
-    def _read(self, record: CheckpointMetadata) -> "Content":
-        from ckptcache.storage import ptfile
-
-        path = self.ledger.layout.locate(record.id)
-        try:
-            return ptfile.read(path, size=record.size, digest=record.digest)
-        except FileNotFoundError as error:
-            raise CheckpointMissing(id=record.id, reason="its file is gone", path=path) from error
-        except CheckpointDamaged as error:
-            # In a folder that can't be written it is passed over each time instead.
-            with suppress(CkptCacheError):
-                self.ledger.quarantine(record.id, str(error.fields["reason"]))
-            raise
-        except OSError as error:
-            raise CheckpointMissing(id=record.id, reason=fs.reason_of(error), path=path) from error
 
     def _learn_unknown(self) -> None:
         """Read what files of the oldest layout, and files without a record, hold; the index then knows it."""
@@ -555,8 +479,11 @@ class TrainingCache:
         Raises:
             ExportFailed: the ending is neither, or the file is there already and `overwrite` is off.
         """
+        from ckptcache.restoring import read
+
         record = self.get(wanted)
-        return transfer.export(self._read(record).state, record, Path(path), everything=optimizer, overwrite=overwrite)
+        state = read(self.ledger, record).state
+        return transfer.export(state, record, Path(path), everything=optimizer, overwrite=overwrite)
 
     def import_(self, path: str | os.PathLike[str], **described: Any) -> CheckpointMetadata:
         """Take up a ``.pt`` file that something else wrote; the file itself is left alone.
