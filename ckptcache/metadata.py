@@ -308,13 +308,23 @@ def _metrics(value: Any, key: str) -> Mapping[str, float]:
 
 
 def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]:
-    curves = {}
-    for name, points in _mapping(value, key).items():
-        label = f"{key}.{name}"
-        if not isinstance(points, list) or [p for p in points if type(p) is not list or len(p) != 2]:
-            raise ValueError(f"{label} must be a list of pairs")
-        curves[name] = tuple([(_count(i, label), v if type(v) is float else decode_float(v, label)) for i, v in points])
-    return curves
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a mapping, not {value!r}")
+    return {name: _points(points, f"{key}.{name}") for name, points in value.items()}
+
+
+def _points(points: Any, label: str) -> tuple[tuple[int, float], ...]:
+    if not isinstance(points, list) or [p for p in points if type(p) is not list or len(p) != 2]:
+        raise ValueError(f"{label} must be a list of pairs")
+    if not points:
+        return ()
+    iterations, values = zip(*points, strict=True)
+    # Almost every curve is of whole numbers and finite values, and thousands of points are seldom looked at one by one.
+    if {*map(type, iterations)} == {int} and {*map(type, values)} == {float}:
+        _count(min(iterations), label)
+        _count(max(iterations), label)
+        return tuple(map(tuple, points))
+    return tuple([(_count(i, label), decode_float(v, label)) for i, v in points])
 
 
 _CHECKPOINT_READERS: dict[str, Any] = {
@@ -342,32 +352,38 @@ _SESSION_READERS: dict[str, Any] = {
 }
 
 
-_AS_IT_STANDS = {_text: str, decode_float: float, _count: int}
-"""The type of JSON value that a reader returns unchanged: with thousands of records the call itself is what costs."""
-
-
-@functools.cache
-def _plain_types(cls: type[Any]) -> Mapping[str, type | None]:
-    readers = _SESSION_READERS if cls is SessionRecord else _CHECKPOINT_READERS
-    return {name: _AS_IT_STANDS.get(reader) for name, reader in readers.items()}
+_AS_IT_STANDS = {_text: str, decode_float: float}
+"""The type of JSON value that a reader returns unchanged."""
 
 
 def _from_json(cls: Any, data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("id") is None:
         raise ValueError(f"a {cls.__name__} must be a mapping with an id")
     kind: Any = cls
-    plain, fields, unknown = _plain_types(kind), {}, {}
-    for key, value in data.items():
-        if key not in plain:
-            unknown[key] = value
-        elif type(value) is plain[key] and (type(value) is not int or 0 <= value <= MAX_COUNT):
-            fields[key] = value
-        elif value is not None:
-            fields[key] = readers[key](value, key)
-    if unknown:
-        check_depth(unknown, "a record")
-        fields["unknown"] = unknown
-    return fields
+    to_read, dropped = _reading(kind, tuple(data), tuple(map(type, data.values())))
+    fields = dict(data)
+    for key in dropped:
+        del fields[key]
+    for key in to_read:
+        fields[key] = readers[key](data[key], key)
+    if fields.keys() <= readers.keys():
+        return fields
+    unknown = {key: value for key, value in data.items() if key not in readers}
+    check_depth(unknown, "a record")
+    return {**{key: value for key, value in fields.items() if key in readers}, "unknown": unknown}
+
+
+@functools.lru_cache(maxsize=256)
+def _reading(cls: type[Any], keys: tuple[str, ...], types: tuple[type, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which fields of a record with these keys and types of value have to be read, and which are as good as absent.
+
+    The records of one index are alike, and with thousands of them to ask this of every field is what costs.
+    """
+    readers = _SESSION_READERS if cls is SessionRecord else _CHECKPOINT_READERS
+    known = [(key, kind) for key, kind in zip(keys, types, strict=True) if key in readers]
+    absent = tuple(key for key, kind in known if kind is type(None))
+    as_it_stands = {key for key, kind in known if _AS_IT_STANDS.get(readers[key]) is kind}
+    return tuple(key for key, _ in known if key not in as_it_stands and key not in absent), absent
 
 
 def _built(cls: type[R], fields: dict[str, Any]) -> R:
@@ -401,9 +417,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return encode_float(value)
     if isinstance(value, tuple | list):
-        return [v if type(v) in _ATOMS else _plain(v) for v in value]
+        return list(value) if _ATOMS.issuperset(map(type, value)) else [_plain(v) for v in value]
     if isinstance(value, Mapping):
-        return {k: v if type(v) in _ATOMS else _plain(v) for k, v in value.items()}
+        return dict(value) if _ATOMS.issuperset(map(type, value.values())) else {k: _plain(v) for k, v in value.items()}
     return value
 
 
