@@ -159,8 +159,8 @@ def _read(document: Mapping[str, Any]) -> Index:
     unknown = {k: v for k, v in document.items() if k not in (*_PARTS, "schema_version")}
     check_depth(unknown, "it")
     return Index(
-        checkpoints=_records(document, "checkpoints", CheckpointMetadata.from_json),
-        sessions=_records(document, "sessions", SessionRecord.from_json),
+        checkpoints=_records(document, "checkpoints", CheckpointMetadata.all_from_json),
+        sessions=_records(document, "sessions", SessionRecord.all_from_json),
         names={_checked_name(name): pointer for name, pointer in _values(document, "names", NamePointer.from_json)},
         configs=dict(_values(document, "configs", _config)),
         fingerprints=dict(_values(document, "fingerprints", Fingerprint.from_json)),
@@ -180,13 +180,11 @@ def _mappings(document: Mapping[str, Any], part: str) -> dict[str, Any]:
     return values
 
 
-def _records(document: Mapping[str, Any], part: str, read: Callable[[Any], T]) -> dict[str, T]:
-    def read_one(item: tuple[str, dict[str, Any]]) -> tuple[str, T]:
-        key, value = item
+def _records(document: Mapping[str, Any], part: str, read: Callable[[list[Any]], list[T]]) -> dict[str, T]:
+    found = _mappings(document, part)
+    for key, value in found.items():
         value["id"] = key
-        return key, read(value)
-
-    return dict(map(read_one, _mappings(document, part).items()))
+    return dict(zip(found, read(list(found.values())), strict=True))
 
 
 def _checked_name(name: str) -> str:
