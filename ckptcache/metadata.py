@@ -326,12 +326,12 @@ def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]
 
 
 def _points(points: Any, label: str) -> tuple[tuple[int, float], ...]:
-    if not isinstance(points, list) or [p for p in points if type(p) is not list or len(p) != 2]:
-        raise ValueError(f"{label} must be a list of pairs")
-    if not points:
+    if points == []:
         return ()
+    if not isinstance(points, list) or {*map(type, points)} != {list} or {*map(len, points)} != {2}:
+        raise ValueError(f"{label} must be a list of pairs")
     iterations, values = zip(*points, strict=True)
-    # Almost every curve is of whole numbers and finite values, and thousands of points are seldom looked at one by one.
+    # So it is of almost every curve, and of thousands of points it is quickly seen for all of a curve at once.
     if {*map(type, iterations)} == {int} and {*map(type, values)} == {float}:
         _count(min(iterations), label)
         _count(max(iterations), label)
@@ -452,7 +452,7 @@ def _to_json(record: Any, full: bool) -> dict[str, Any]:
     fields, values = _field_names(kind)
     data = dict(record.unknown)
     for (name, droppable), value in zip(fields, values(record), strict=True):
-        if full or not droppable or (value is not False and value not in _EMPTY):
+        if value or full or not droppable or (value is not False and value not in _EMPTY):
             data[name] = value if type(value) in _ATOMS else _plain(value)
     return data
 

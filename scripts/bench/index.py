@@ -62,6 +62,12 @@ def _best(folder: Path, count: int) -> Callable[[], object]:
     return lambda: cache.best(model_config=MODEL, data_config=DATA)
 
 
+def _first_commit(folder: Path, count: int) -> Callable[[], object]:
+    """What a command does that changes one record: open, and commit, with nothing known from before."""
+    notes = iter(range(1000))
+    return lambda: TrainingCache(_config(folder, count)).note("latest", f"note {next(notes)}")
+
+
 def _commit(folder: Path, count: int) -> Callable[[], object]:
     """One new record, put beside those that are there; the lowest goes once there are `max_records`."""
     cache, numbers = TrainingCache(_config(folder, count)), iter(range(count, 10 * count + 1000))
@@ -91,6 +97,7 @@ ACTIONS: dict[str, Callable[[Path, int], Callable[[], object]]] = {
     "open": _open,
     "open and best": _open_and_best,
     "best": _best,
+    "first commit": _first_commit,
     "commit": _commit,
     "save": _save,
 }
