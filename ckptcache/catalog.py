@@ -6,7 +6,7 @@ listings are quick.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from ckptcache.config import CacheConfig
 from ckptcache.metadata import CheckpointMetadata, Fingerprint, SessionRecord
 from ckptcache.policy import quality, retention
 from ckptcache.policy.compatibility import Description, Group, Verdict, group_of, judge
-from ckptcache.policy.quality import Score
+from ckptcache.policy.quality import Scale, Score
 from ckptcache.storage.index import Index
 from ckptcache.storage.reconcile import Observed
 
@@ -94,19 +94,20 @@ class Catalog:
         return dict(groups)
 
     @cached_property
-    def scores(self) -> dict[str, Score]:
-        """The score of every record, under the settings in force."""
-        scores: dict[str, Score] = {}
-        for members in self.groups.values():
-            scores |= quality.score_group(members, self.config)
-        return scores
+    def scores(self) -> Mapping[str, Score]:
+        """The score of every record, under the settings in force; each is made when it is asked for."""
+        return _Scores(self)
+
+    @cached_property
+    def scales(self) -> dict[Group, Scale]:
+        """What the scores of each group have in common."""
+        return {group: quality.scale_of(members, self.config) for group, members in self.groups.items()}
 
     def unscored_metrics(self) -> tuple[str, ...]:
         """Metrics that are recorded and, with none declared, don't count."""
         if self.config.quality_metrics is not None or self.config.best_fn is not None:
             return ()
-        found = (quality.find_scored_metrics(members)[1] for members in self.groups.values())
-        return tuple(sorted({name for names in found for name in names}))
+        return tuple(sorted({name for scale in self.scales.values() for name in scale.unscored}))
 
     def scored(self, record: CheckpointMetadata) -> CheckpointMetadata:
         """The record with the quality that it has under the settings in force."""
@@ -137,8 +138,8 @@ class Catalog:
         """Checkpoints best first within each group, the groups by when they were last used."""
         ranked: list[CheckpointMetadata] = []
         for group in sorted(self.groups, key=lambda g: self.last_used[g], reverse=True):
-            members = quality.rank(self.groups[group], self.scores)
-            ranked += [self.scored(r) for r in members if everything or r.id in self.observed.available]
+            members = [r for r in self.groups[group] if everything or r.id in self.observed.available]
+            ranked += map(self.scored, quality.rank(members, self.scores))
         return ranked
 
     def latest(self) -> CheckpointMetadata | None:
@@ -199,7 +200,10 @@ class Catalog:
 
     def candidates(self, needed: Description) -> list[CheckpointMetadata]:
         """What "best" would try, in that order."""
-        return [e.record for e in self.explain(needed) if e.eligible]
+        available = [self.index.checkpoints[id] for id in self.observed.available]
+        verdicts = {r.id: self.judge(r, needed) for r in available}
+        # Only these: to place all that ever was among them would take most of the time.
+        return self._resume_order([r for r in available if self._eligible(r, verdicts[r.id])], verdicts)
 
     def best(self, needed: Description) -> CheckpointMetadata | None:
         """The first of `candidates`, with its quality; None where nothing fits."""
@@ -211,11 +215,10 @@ class Catalog:
         return is_sound and verdict.kind == "exact" and self.status(record) == "available"
 
     def _resume_order(
-        self, records: Iterable[CheckpointMetadata], verdicts: Mapping[str, Verdict]
+        self, records: Collection[CheckpointMetadata], verdicts: Mapping[str, Verdict]
     ) -> list[CheckpointMetadata]:
+        by_rank = quality.rank(records, self.scores)
         # Losses on other validation data can't be compared: such groups come whole, after those that can.
-        places = {r.id: i for members in self.groups.values() for i, r in enumerate(quality.rank(members, self.scores))}
-        by_rank = sorted(records, key=lambda r: places[r.id])
         by_group = sorted(
             by_rank, key=lambda r: (verdicts[r.id].comparable, self.last_used[self.group(r)]), reverse=True
         )
@@ -243,7 +246,7 @@ class Catalog:
             live_sessions=live_sessions,
             live_parents=self._live_parents(live_sessions),
             keep_latest=self.config.keep_latest,
-            diverged={id for id, score in self.scores.items() if score.status == "diverged"},
+            diverged={c.id for c in candidates if self.scores[c.id].status == "diverged"},
         )
         return retention.plan(
             candidates,
@@ -257,7 +260,7 @@ class Catalog:
         return [
             retention.Candidate(record, available[record.id], group, rank, self.last_used[group])
             for group, members in self.groups.items()
-            for rank, record in enumerate(r for r in quality.rank(members, self.scores) if r.id in available)
+            for rank, record in enumerate(quality.rank([r for r in members if r.id in available], self.scores))
         ]
 
     def _live_parents(self, live_sessions: Collection[str]) -> dict[str, str]:
@@ -278,6 +281,26 @@ class Catalog:
         ]
         lowest = sorted(gone, key=lambda r: (_known_quality(self.scores[r.id]), r.order))
         return [r.id for r in lowest[:excess]]
+
+
+class _Scores(Mapping[str, Score]):
+    """The scores of a catalog's records by id."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._made: dict[str, Score] = {}
+
+    def __getitem__(self, id: str) -> Score:
+        if id not in self._made:
+            record = self._catalog.index.checkpoints[id]
+            self._made[id] = quality.score(record, self._catalog.scales[self._catalog.group(record)])
+        return self._made[id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._catalog.index.checkpoints)
+
+    def __len__(self) -> int:
+        return len(self._catalog.index.checkpoints)
 
 
 def _order(record: CheckpointMetadata | SessionRecord) -> tuple[int, str]:

@@ -9,9 +9,11 @@ import functools
 import operator
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import repeat
 from typing import Any, Literal, Self, TypeVar
 
 from ckptcache.errors import InvalidId, InvalidName
@@ -140,7 +142,12 @@ class CheckpointMetadata:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError, naming the field, when `data` is not a record."""
-        return _built(cls, _from_json(cls, data, _CHECKPOINT_READERS))
+        return cls.all_from_json([data])[0]
+
+    @classmethod
+    def all_from_json(cls, documents: Sequence[Mapping[str, Any]]) -> list[Self]:
+        """Many at once, in their order, at a fraction of the cost; raises ValueError likewise."""
+        return _read(cls, documents, _CHECKPOINT_READERS)
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
@@ -191,7 +198,12 @@ class SessionRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError, naming the field, when `data` is not a session."""
-        return _built(cls, _from_json(cls, data, _SESSION_READERS))
+        return cls.all_from_json([data])[0]
+
+    @classmethod
+    def all_from_json(cls, documents: Sequence[Mapping[str, Any]]) -> list[Self]:
+        """Many at once, in their order, at a fraction of the cost; raises ValueError likewise."""
+        return _read(cls, documents, _SESSION_READERS)
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
@@ -308,13 +320,23 @@ def _metrics(value: Any, key: str) -> Mapping[str, float]:
 
 
 def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]:
-    curves = {}
-    for name, points in _mapping(value, key).items():
-        label = f"{key}.{name}"
-        if not isinstance(points, list) or [p for p in points if type(p) is not list or len(p) != 2]:
-            raise ValueError(f"{label} must be a list of pairs")
-        curves[name] = tuple([(_count(i, label), v if type(v) is float else decode_float(v, label)) for i, v in points])
-    return curves
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a mapping, not {value!r}")
+    return {name: _points(points, f"{key}.{name}") for name, points in value.items()}
+
+
+def _points(points: Any, label: str) -> tuple[tuple[int, float], ...]:
+    if points == []:
+        return ()
+    if not isinstance(points, list) or {*map(type, points)} != {list} or {*map(len, points)} != {2}:
+        raise ValueError(f"{label} must be a list of pairs")
+    iterations, values = zip(*points, strict=True)
+    # So it is of almost every curve, and of thousands of points it is quickly seen for all of a curve at once.
+    if {*map(type, iterations)} == {int} and {*map(type, values)} == {float}:
+        _count(min(iterations), label)
+        _count(max(iterations), label)
+        return tuple(map(tuple, points))
+    return tuple([(_count(i, label), decode_float(v, label)) for i, v in points])
 
 
 _CHECKPOINT_READERS: dict[str, Any] = {
@@ -342,54 +364,72 @@ _SESSION_READERS: dict[str, Any] = {
 }
 
 
-_AS_IT_STANDS = {_text: str, decode_float: float, _count: int}
-"""The type of JSON value that a reader returns unchanged: with thousands of records the call itself is what costs."""
+_AS_IT_STANDS: Mapping[Any, type] = {_text: str, decode_float: float, _count: int}
+"""The type of JSON value that a reader returns unchanged, a number within its range."""
+
+
+def _read(cls: type[R], documents: Sequence[Any], readers: Mapping[str, Any]) -> list[R]:
+    """Records from their JSON, field by field instead of one by one.
+
+    The records of an index mostly have the same fields, and with thousands of them it is the loop over the fields
+    of each that costs: of a whole column, most checks are one call.
+    """
+    alike: defaultdict[tuple[str, ...], list[tuple[R, dict[str, Any]]]] = defaultdict(list)
+    records = [object.__new__(cls) for _ in documents]
+    for record, data in zip(records, documents, strict=True):
+        if not isinstance(data, dict) or data.get("id") is None:
+            raise ValueError(f"a {cls.__name__} must be a mapping with an id")
+        alike[tuple(data)].append((record, data))
+    for keys, pairs in alike.items():
+        _fill(cls, keys, [record for record, _ in pairs], [data for _, data in pairs], readers)
+    return records
+
+
+def _fill(
+    cls: type[R], keys: tuple[str, ...], records: Sequence[R], documents: Sequence[dict[str, Any]], readers: Any
+) -> None:
+    """Set the fields of records whose JSON has the same keys, past the frozen class, for which nothing is set yet."""
+    columns = dict(zip(keys, zip(*[data.values() for data in documents], strict=True), strict=True))
+    kind: Any = cls
+    for name, put, defaults in _slots(kind):
+        values: Iterable[Any]
+        if name in columns and name in readers:
+            values = _column(columns[name], name, readers[name], defaults)
+        elif name == "unknown" and not readers.keys() >= columns.keys():
+            values = [_unknown(data, readers) for data in documents]
+        else:
+            values = defaults(len(documents))
+        deque(map(put, records, values), maxlen=0)  # the quickest way to go through a map
+
+
+def _column(
+    values: tuple[Any, ...], name: str, reader: Callable[[Any, str], Any], defaults: Callable[[int], Iterable[Any]]
+) -> Iterable[Any]:
+    """One field of many records, read; null is as good as absent."""
+    types, plain = {*map(type, values)}, _AS_IT_STANDS.get(reader)
+    if types == {plain} and (plain is not int or (min(values) >= 0 and max(values) <= MAX_COUNT)):
+        return values
+    fresh = iter(defaults(len(values)))
+    return [next(fresh) if value is None else reader(value, name) for value in values]
+
+
+def _unknown(data: Mapping[str, Any], readers: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = {key: value for key, value in data.items() if key not in readers}
+    check_depth(unknown, "a record")
+    return unknown
 
 
 @functools.cache
-def _plain_types(cls: type[Any]) -> Mapping[str, type | None]:
-    readers = _SESSION_READERS if cls is SessionRecord else _CHECKPOINT_READERS
-    return {name: _AS_IT_STANDS.get(reader) for name, reader in readers.items()}
+def _slots(cls: type[Any]) -> list[tuple[str, Callable[[Any, Any], None], Callable[[int], Iterable[Any]]]]:
+    """The fields in their order, what sets each, and what makes so many defaults."""
+    return [(f.name, getattr(cls, f.name).__set__, _defaults_of(f)) for f in dataclasses.fields(cls)]
 
 
-def _from_json(cls: Any, data: Any, readers: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(data, dict) or data.get("id") is None:
-        raise ValueError(f"a {cls.__name__} must be a mapping with an id")
-    kind: Any = cls
-    plain, fields, unknown = _plain_types(kind), {}, {}
-    for key, value in data.items():
-        if key not in plain:
-            unknown[key] = value
-        elif type(value) is plain[key] and (type(value) is not int or 0 <= value <= MAX_COUNT):
-            fields[key] = value
-        elif value is not None:
-            fields[key] = readers[key](value, key)
-    if unknown:
-        check_depth(unknown, "a record")
-        fields["unknown"] = unknown
-    return fields
-
-
-def _built(cls: type[R], fields: dict[str, Any]) -> R:
-    """`cls(**fields)`, past the __init__ of a frozen dataclass, which takes a third of the time of opening an index."""
-    kind: Any = cls
-    setters, defaults, mappings = _slots(kind)
-    values = {**defaults, **fields}
-    for name in mappings:
-        if name not in fields:
-            values[name] = {}
-    record = object.__new__(cls)
-    for put, value in zip(setters, values.values(), strict=True):
-        put(record, value)
-    return record
-
-
-@functools.cache
-def _slots(cls: type[Any]) -> tuple[list[Any], dict[str, Any], list[str]]:
-    """What sets each field in their order, their defaults, and which of them begin as an empty mapping."""
-    fields = dataclasses.fields(cls)
-    mappings = [f.name for f in fields if f.default_factory is not dataclasses.MISSING]
-    return [getattr(cls, f.name).__set__ for f in fields], {f.name: f.default for f in fields}, mappings
+def _defaults_of(field: "dataclasses.Field[Any]") -> Callable[[int], Iterable[Any]]:
+    if field.default_factory is dataclasses.MISSING:
+        return lambda count: repeat(field.default, count)
+    make = field.default_factory
+    return lambda count: [make() for _ in range(count)]
 
 
 _ATOMS = frozenset({str, int, bool, type(None)})
@@ -401,9 +441,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return encode_float(value)
     if isinstance(value, tuple | list):
-        return [v if type(v) in _ATOMS else _plain(v) for v in value]
+        return list(value) if _ATOMS.issuperset(map(type, value)) else [_plain(v) for v in value]
     if isinstance(value, Mapping):
-        return {k: v if type(v) in _ATOMS else _plain(v) for k, v in value.items()}
+        return dict(value) if _ATOMS.issuperset(map(type, value.values())) else {k: _plain(v) for k, v in value.items()}
     return value
 
 
@@ -412,7 +452,7 @@ def _to_json(record: Any, full: bool) -> dict[str, Any]:
     fields, values = _field_names(kind)
     data = dict(record.unknown)
     for (name, droppable), value in zip(fields, values(record), strict=True):
-        if full or not droppable or (value is not False and value not in _EMPTY):
+        if value or full or not droppable or (value is not False and value not in _EMPTY):
             data[name] = value if type(value) in _ATOMS else _plain(value)
     return data
 

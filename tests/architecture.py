@@ -36,7 +36,9 @@ TOP_LEVEL = frozenset(
     "pyproject.toml README.md ckptcache scripts tests .training-progress .github docs .ci LICENSE CHANGELOG.md "
     "constraints.txt .gitignore".split()
 )
-DOCS = frozenset("design.md cli.md errors.md formats.md names.md github-actions.md comprehensive_demo.png".split())
+DOCS = frozenset(
+    "design.md cli.md errors.md formats.md names.md benchmarks.md github-actions.md comprehensive_demo.png".split()
+)
 
 FILE_SYSTEM = "ckptcache/storage/fs.py"
 FS_NAMES = ("ckptcache.storage.fs", "fs")

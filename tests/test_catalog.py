@@ -52,6 +52,25 @@ def test_a_session_that_resumed_from_a_group_is_a_use_of_it():
     assert names(found.ranked()) == ["a", "b"]
 
 
+def test_what_best_tries_is_what_explain_calls_eligible():
+    index, small, large = two_groups()
+    fitting = [record(f"a{n}", 9.0 - n % 3, n, fingerprint=small, iteration=n) for n in range(6)]
+    found = catalog(
+        *fitting,
+        record("b", 0.5, 9, fingerprint=large),
+        record("c", float("nan"), 7, fingerprint=small),
+        record("d", None, 8, fingerprint=small),
+        record("e", 0.1, 10, fingerprint=small, decision="evicted"),
+        gone=["a2"],
+        index=index,
+    )
+    for needed in (Description(), Description(fingerprint=SMALL), Description(fingerprint=LARGE)):
+        eligible = [e.record for e in found.explain(needed) if e.eligible]
+        assert found.candidates(needed) == eligible
+        assert found.best(needed).id == eligible[0].id
+    assert names(found.candidates(Description(fingerprint=SMALL))) == ["a5", "a4", "a1", "a3", "a0", "d"]
+
+
 def test_losing_a_file_changes_no_score():
     records = [record("a", 1.0, 1, metrics={"acc": 0.5}), record("b", 2.0, 2, metrics={"acc": 3.0})]
     whole, torn = catalog(*records), catalog(*records, gone=["b"])

@@ -27,6 +27,7 @@ from ckptcache.metadata import (
     utc_now,
 )
 from ckptcache.values import MAX_JSON_DEPTH, as_float, content_hash, decode_float, encode_float, jsonable
+from tests.strategies import records
 
 text = st.text(st.characters(codec="utf-8"), max_size=20)
 ids = st.from_regex(r"\A[a-z0-9][a-z0-9_-]{0,20}\Z")
@@ -161,6 +162,28 @@ def test_empty_fields_are_left_out_unless_asked_for():
     }
     full = CheckpointMetadata(id="x").to_json(full=True)
     assert full.keys() == CheckpointMetadata.__dataclass_fields__.keys() - {"unknown"}
+
+
+@given(st.lists(records(), max_size=6))
+def test_many_records_are_read_as_each_alone_in_their_order(many):
+    documents = [orjson.loads(orjson.dumps(record.to_json())) for record in many]
+    together, alone = CheckpointMetadata.all_from_json(documents), map(CheckpointMetadata.from_json, documents)
+    assert [r.to_json(full=True) for r in together] == [r.to_json(full=True) for r in alone]
+    assert [r.id for r in together] == [r.id for r in many]
+
+
+def test_what_records_lack_is_their_own():
+    first, second = CheckpointMetadata.all_from_json([{"id": "a", "metrics": None}, {"id": "b", "metrics": None}])
+    assert first.metrics is not second.metrics
+    assert first.extra is not second.extra
+
+
+def test_one_wrong_record_among_many_is_found():
+    documents = [{"id": f"x{number}", "iteration": number} for number in range(9)]
+    with pytest.raises(ValueError, match=r"iteration must be a whole number .*, not -1"):
+        CheckpointMetadata.all_from_json([*documents, {"id": "y", "iteration": -1}])
+    with pytest.raises(ValueError, match=r"iteration must be a whole number .*, not True"):
+        CheckpointMetadata.all_from_json([*documents, {"id": "y", "iteration": True}])
 
 
 def test_fields_of_a_later_version_survive_a_change():

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from ckptcache.config import CacheConfig, Direction
@@ -29,13 +30,18 @@ class Score:
         status: "unknown" where nothing was evaluated, "diverged" where the loss is not finite.
         parts: "loss_score", "metrics_score", "progress", and "metric.<name>" for each scored metric,
             as far as they exist; "best_fn" alone where that replaced the scorer.
-        reason: one sentence for a person.
+        explain: makes `reason`; of a thousand scores few are ever explained, and the sentence is most of the cost.
     """
 
     quality: float | None
     status: Status
     parts: Mapping[str, float]
-    reason: str
+    explain: Callable[[], str] = field(repr=False, compare=False)
+
+    @property
+    def reason(self) -> str:
+        """One sentence for a person."""
+        return self.explain()
 
 
 # --- the curves ----------------------------------------------------------------------------------
@@ -95,11 +101,18 @@ def _is_share(value: float | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
-    """What the scores of one group have in common."""
+class Scale:
+    """What the scores of one group have in common.
+
+    Attributes:
+        directions: the metrics that are scored.
+        unscored: metrics that are recorded and not fit to be scored, where none are declared.
+        furthest: the most iterations of any record.
+    """
 
     best_fn: Callable[[CheckpointMetadata], float | None] | None
     directions: Mapping[str, Direction]
+    unscored: tuple[str, ...]
     absent: Mapping[str, float]
     """Per metric, what a record without a usable value gets."""
     furthest: int
@@ -120,25 +133,32 @@ def score_group(records: Iterable[CheckpointMetadata], config: CacheConfig) -> d
         InvalidValue: `config.best_fn` returned neither a number nor None.
     """
     members = list(records)
-    scale = _scale(members, config)
-    return {record.id: _score(record, scale) for record in members}
+    scale = scale_of(members, config)
+    return {record.id: score(record, scale) for record in members}
 
 
-def _scale(members: list[CheckpointMetadata], config: CacheConfig) -> _Scale:
-    declared = config.quality_metrics
-    directions = dict(declared) if declared is not None else find_scored_metrics(members)[0]
+def scale_of(members: list[CheckpointMetadata], config: CacheConfig) -> Scale:
+    """The scale of a group, by all of its records."""
+    directions, unscored = _metrics_of(members, config)
     loss_weight, metrics_weight = config.quality_weight_loss, config.quality_weight_metrics
     if not directions:
         loss_weight, metrics_weight = loss_weight + metrics_weight, 0.0
-    return _Scale(
+    return Scale(
         best_fn=config.best_fn,
         directions=directions,
+        unscored=unscored,
         absent={name: _absent_score(members, name, direction) for name, direction in directions.items()},
         furthest=max((r.iteration for r in members), default=0),
         loss_weight=loss_weight,
         metrics_weight=metrics_weight,
         progress_weight=config.quality_weight_progress,
     )
+
+
+def _metrics_of(members: list[CheckpointMetadata], config: CacheConfig) -> tuple[dict[str, Direction], tuple[str, ...]]:
+    if config.quality_metrics is not None:
+        return dict(config.quality_metrics), ()
+    return find_scored_metrics(members)
 
 
 def _absent_score(members: list[CheckpointMetadata], name: str, direction: Direction) -> float:
@@ -149,63 +169,73 @@ def _absent_score(members: list[CheckpointMetadata], name: str, direction: Direc
     return min(0.0, min(scores, default=0.0))
 
 
-def _score(record: CheckpointMetadata, scale: _Scale) -> Score:
+def score(record: CheckpointMetadata, scale: Scale) -> Score:
+    """The score of one record of a group, as `score_group` has it; raises InvalidValue likewise."""
     loss = record.val_loss
     progress = {"progress": record.iteration / scale.furthest if scale.furthest else 0.0}
     if (sign := _divergence(record)) is not None:
-        return Score(None, "diverged", progress, f"diverged: {sign}")
+        return Score(None, "diverged", progress, lambda: f"diverged: {sign}")
     if scale.best_fn is not None:
         return _custom_score(scale.best_fn(record), record.id)
     if loss is None:
-        return Score(None, "unknown", progress, "unknown: no val_loss was recorded")
+        return Score(None, "unknown", progress, lambda: "unknown: no val_loss was recorded")
     return _known_score(record, loss, progress, scale)
 
 
 def _divergence(record: CheckpointMetadata) -> str | None:
     """Which loss isn't finite, in words. A val_loss, where there is one, outweighs what else was seen."""
-    names = ("val_loss",) if record.val_loss is not None else ("last_val_loss", "train_loss")
-    losses = ((name, getattr(record, name)) for name in names)
-    return next((f"{name} is {loss}" for name, loss in losses if loss is not None and not math.isfinite(loss)), None)
+    if record.val_loss is not None:
+        return None if math.isfinite(record.val_loss) else f"val_loss is {record.val_loss}"
+    losses = {"last_val_loss": record.last_val_loss, "train_loss": record.train_loss}
+    return next((f"{n} is {loss}" for n, loss in losses.items() if loss is not None and not math.isfinite(loss)), None)
 
 
 def _custom_score(given: float | None, id: str) -> Score:
     if given is None:
-        return Score(None, "unknown", {}, "unknown: best_fn gave None")
+        return Score(None, "unknown", {}, lambda: "unknown: best_fn gave None")
     quality = as_float(given, f"best_fn of {id}")
     if not math.isfinite(quality):
-        return Score(None, "diverged", {}, f"diverged: best_fn gave {quality}")
-    return Score(quality, "known", {"best_fn": quality}, f"quality {quality:.6g}, as best_fn gave it")
+        return Score(None, "diverged", {}, lambda: f"diverged: best_fn gave {quality}")
+    return Score(quality, "known", {"best_fn": quality}, lambda: f"quality {quality:.6g}, as best_fn gave it")
 
 
-def _known_score(record: CheckpointMetadata, loss: float, progress: dict[str, float], scale: _Scale) -> Score:
+def _known_score(record: CheckpointMetadata, loss: float, progress: dict[str, float], scale: Scale) -> Score:
     parts = {"loss_score": loss_score(loss), **progress}
     quality = scale.loss_weight * parts["loss_score"]
-    terms = [f"{scale.loss_weight:g} × loss_score {parts['loss_score']:.4g} (val_loss {loss:.6g})"]
-    absent: list[str] = []
     if scale.directions:
-        by_metric, absent = _metric_parts(record.metrics, scale)
+        by_metric = {f"metric.{name}": _metric_part(record.metrics.get(name), name, scale) for name in scale.directions}
         # fsum, because it rounds once: a better metric never lowers the mean, in whatever order they come.
-        parts["metrics_score"] = mean = math.fsum(by_metric.values()) / len(by_metric)
+        parts["metrics_score"] = math.fsum(by_metric.values()) / len(by_metric)
         parts.update(by_metric)
-        quality += scale.metrics_weight * mean
-        terms.append(f"{scale.metrics_weight:g} × metrics_score {mean:.4g} ({', '.join(scale.directions)})")
+        quality += scale.metrics_weight * parts["metrics_score"]
     if scale.progress_weight:
         quality += scale.progress_weight * parts["progress"]
+    return Score(quality, "known", parts, partial(_sentence, record, loss, quality, parts, scale))
+
+
+def _metric_part(value: float | None, name: str, scale: Scale) -> float:
+    if value is None or not math.isfinite(value):
+        return scale.absent[name]
+    return metric_score(value, scale.directions[name])
+
+
+def _sentence(record: CheckpointMetadata, loss: float, quality: float, parts: Mapping[str, float], scale: Scale) -> str:
+    """How a known quality came about, and what was missing."""
+    terms = [f"{scale.loss_weight:g} × loss_score {parts['loss_score']:.4g} (val_loss {loss:.6g})"]
+    if scale.directions:
+        names = ", ".join(scale.directions)
+        terms.append(f"{scale.metrics_weight:g} × metrics_score {parts['metrics_score']:.4g} ({names})")
+    if scale.progress_weight:
         terms.append(f"{scale.progress_weight:g} × progress {parts['progress']:.4g}")
-    return Score(quality, "known", parts, "; ".join([f"quality {quality:.6g} = {' + '.join(terms)}", *absent]))
+    return "; ".join([f"quality {quality:.6g} = {' + '.join(terms)}", *_remarks(record.metrics, scale)])
 
 
-def _metric_parts(metrics: Mapping[str, float], scale: _Scale) -> tuple[dict[str, float], list[str]]:
-    parts, remarks = {}, []
-    for name, direction in scale.directions.items():
+def _remarks(metrics: Mapping[str, float], scale: Scale) -> Iterator[str]:
+    for name in scale.directions:
         value = metrics.get(name)
-        if value is not None and math.isfinite(value):
-            parts[f"metric.{name}"] = metric_score(value, direction)
-            continue
-        parts[f"metric.{name}"] = scale.absent[name]
-        said = "is missing" if value is None else f"is {value}"
-        remarks.append(f"metric {name} {said} and scores {scale.absent[name]:.4g}")
-    return parts, remarks
+        if value is None or not math.isfinite(value):
+            said = "is missing" if value is None else f"is {value}"
+            yield f"metric {name} {said} and scores {scale.absent[name]:.4g}"
 
 
 # --- ranking -------------------------------------------------------------------------------------

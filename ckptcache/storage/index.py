@@ -7,9 +7,9 @@ what is on the disk is observed (`reconcile`), so that the file never changes by
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +28,12 @@ from ckptcache.metadata import (
     is_valid_id,
 )
 from ckptcache.storage import fs
-from ckptcache.values import check_depth, content_hash, jsonable
+from ckptcache.values import check_depth, content_hash, encode_float, jsonable
 
 log = logging.getLogger("ckptcache")
 INDEX_NAME = "metadata.json"
 MAX_INDEX_BYTES = 256 * 1024 * 1024
-_JSON = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+_SORTED = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
 _PARTS = ("checkpoints", "sessions", "names", "configs", "fingerprints")
 _BY_CONTENT = ("configs", "fingerprints")
 
@@ -95,13 +95,18 @@ def parse(data: bytes, path: Path) -> Index:
     """
     try:
         with _without_collection():
-            document = _loads(data)
-            if "schema_version" not in document:
-                return upgrade_flat(document)
-            _check_version(document["schema_version"], path)
-            return _read(document)
+            # In a function of its own, so that the document is gone before the collector comes and looks through it.
+            return _parsed(data, path)
     except ValueError as error:
         raise IndexDamaged(path=path, reason=error) from error
+
+
+def _parsed(data: bytes, path: Path) -> Index:
+    document = _loads(data)
+    if "schema_version" not in document:
+        return upgrade_flat(document)
+    _check_version(document["schema_version"], path)
+    return _read(document)
 
 
 @contextmanager
@@ -155,8 +160,8 @@ def _read(document: Mapping[str, Any]) -> Index:
     unknown = {k: v for k, v in document.items() if k not in (*_PARTS, "schema_version")}
     check_depth(unknown, "it")
     return Index(
-        checkpoints=_records(document, "checkpoints", CheckpointMetadata.from_json),
-        sessions=_records(document, "sessions", SessionRecord.from_json),
+        checkpoints=_records(document, "checkpoints", CheckpointMetadata.all_from_json),
+        sessions=_records(document, "sessions", SessionRecord.all_from_json),
         names={_checked_name(name): pointer for name, pointer in _values(document, "names", NamePointer.from_json)},
         configs=dict(_values(document, "configs", _config)),
         fingerprints=dict(_values(document, "fingerprints", Fingerprint.from_json)),
@@ -176,13 +181,11 @@ def _mappings(document: Mapping[str, Any], part: str) -> dict[str, Any]:
     return values
 
 
-def _records(document: Mapping[str, Any], part: str, read: Callable[[Any], T]) -> dict[str, T]:
-    def read_one(item: tuple[str, dict[str, Any]]) -> tuple[str, T]:
-        key, value = item
+def _records(document: Mapping[str, Any], part: str, read: Callable[[list[Any]], list[T]]) -> dict[str, T]:
+    found = _mappings(document, part)
+    for key, value in found.items():
         value["id"] = key
-        return key, read(value)
-
-    return dict(map(read_one, _mappings(document, part).items()))
+    return dict(zip(found, read(list(found.values())), strict=True))
 
 
 def _checked_name(name: str) -> str:
@@ -267,34 +270,66 @@ def _whole(value: Any) -> Any:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def serialise(index: Index) -> bytes:
+class Pieces:
+    """The records that were written last, each with its JSON: at a commit all but a few are the same as before."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[CheckpointMetadata | SessionRecord, orjson.Fragment]] = {}
+
+    def of(self, index: Index) -> tuple[dict[str, orjson.Fragment], dict[str, orjson.Fragment]]:
+        """The JSON of every checkpoint and of every session. What `index` no longer holds is forgotten."""
+        before, self._known = self._known, {}
+        for part, records in (("checkpoints", index.checkpoints), ("sessions", index.sessions)):
+            for key, record in records.items():
+                known = before.get((part, key))
+                # Records are immutable, and a known one is held here, so that no other can have come by its identity.
+                if known is None or known[0] is not record:
+                    known = record, _fragment(record)
+                self._known[part, key] = known
+        return self._part("checkpoints", index.checkpoints), self._part("sessions", index.sessions)
+
+    def _part(self, part: str, keys: Iterable[str]) -> dict[str, orjson.Fragment]:
+        return {key: self._known[part, key][1] for key in keys}
+
+
+def _fragment(record: CheckpointMetadata | SessionRecord) -> orjson.Fragment:
+    """A record's JSON as it stands in the index, two levels deep; a line break within a text is escaped there."""
+    data = _with_short_curves(record) if isinstance(record, SessionRecord) else _without_id(record)
+    return orjson.Fragment(orjson.dumps(data, option=_SORTED).replace(b"\n", b"\n    "))
+
+
+def serialise(index: Index, pieces: Pieces | None = None) -> bytes:
     """The index as JSON: sorted and indented, so that git shows what changed; unused configurations dropped.
+
+    Args:
+        pieces: what is known of the records from the last time, and is brought up to date.
 
     Raises:
         InvalidValue: something in it has no JSON form; the record is named.
     """
     used = _references(index)
-    document = {
-        **index.unknown,
-        "schema_version": SCHEMA_VERSION,
-        "checkpoints": {key: _without_id(record) for key, record in index.checkpoints.items()},
-        "sessions": {key: _with_short_curves(session) for key, session in index.sessions.items()},
-        "names": {key: name.to_json() for key, name in index.names.items()},
-        "configs": {key: value for key, value in index.configs.items() if key in used},
-        "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
-    }
     try:
-        return orjson.dumps(document, option=_JSON)
+        checkpoints, sessions = (Pieces() if pieces is None else pieces).of(index)
+        document = {
+            **index.unknown,
+            "schema_version": SCHEMA_VERSION,
+            "checkpoints": checkpoints,
+            "sessions": sessions,
+            "names": {key: name.to_json() for key, name in index.names.items()},
+            "configs": {key: value for key, value in index.configs.items() if key in used},
+            "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
+        }
+        return orjson.dumps(document, option=_SORTED | orjson.OPT_APPEND_NEWLINE)
     except TypeError as error:
-        raise InvalidValue(name="the index", value=_not_json(document), reason=str(error)) from error
+        raise InvalidValue(name="the index", value=_not_json(index), reason=str(error)) from error
 
 
-def _not_json(document: Mapping[str, Any]) -> str:
+def _not_json(index: Index) -> str:
     """Which entry of the index has no JSON form."""
-    for part, entries in document.items():
-        for key, entry in entries.items() if isinstance(entries, dict) else ():
+    for part in _PARTS:
+        for key, entry in getattr(index, part).items():
             try:
-                orjson.dumps({key: entry})
+                orjson.dumps({key: orjson.Fragment(_content(entry))})
             except TypeError:
                 return f"{part}/{key}"
     return "what it was given"
@@ -308,10 +343,19 @@ def _without_id(record: CheckpointMetadata | SessionRecord) -> dict[str, Any]:
 
 def _with_short_curves(session: SessionRecord) -> dict[str, Any]:
     """A session as the index writes it: hundreds of points are one line per curve, not four lines per point."""
-    data = _without_id(session)
+    data = _without_id(replace(session, curves={}))
     if session.curves:
-        data["curves"] = {name: orjson.Fragment(orjson.dumps(points)) for name, points in data["curves"].items()}
+        data["curves"] = {name: _line(points) for name, points in session.curves.items()}
     return data
+
+
+def _line(points: Sequence[tuple[int, float]]) -> orjson.Fragment:
+    """The points of a curve in one line."""
+    line = orjson.dumps(points)
+    # orjson writes null for what isn't finite, and only for that, since each value of a curve is a number.
+    if b"null" in line:
+        line = orjson.dumps([(iteration, encode_float(value)) for iteration, value in points])
+    return orjson.Fragment(line)
 
 
 def _references(index: Index) -> set[str | None]:
@@ -403,6 +447,7 @@ class IndexFile:
         self.previous = root / f"{INDEX_NAME}.prev"
         self.lock = root / f"{INDEX_NAME}.lock"
         self._seen: tuple[bytes, Index] | None = None
+        self._pieces = Pieces()
 
     def read(self) -> Index | None:
         """The committed index; None where there is none yet. The result must not be changed.
@@ -433,7 +478,7 @@ class IndexFile:
         Raises InvalidValue for an entry that could not be read again; nothing is written then.
         """
         check_readable(index, Index() if self._seen is None else self._seen[1])
-        data = serialise(index)
+        data = serialise(index, self._pieces)
         fs.keep_generation(self.path, self.previous, writer=writer)
         fs.write_atomically(self.path, data, writer=writer)
         self._seen = (blake3(data).digest(), index.copy())

@@ -370,4 +370,4 @@ def test_an_improvement_is_always_strictly_better(quality, best_quality, thresho
 
 def test_a_score_cannot_be_changed():
     with pytest.raises(AttributeError):
-        Score(1.0, "known", {}, "").quality = 2.0
+        Score(1.0, "known", {}, str).quality = 2.0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidValue
 from ckptcache.metadata import MAX_COUNT, CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
-from ckptcache.storage.index import Index, IndexFile, merge, parse, read_index_bytes, serialise, upgrade_flat
+from ckptcache.storage.index import Index, IndexFile, Pieces, merge, parse, read_index_bytes, serialise, upgrade_flat
 from ckptcache.values import MAX_JSON_DEPTH
 from tests.strategies import edits, indexes, mutations
 
@@ -84,6 +84,35 @@ def test_what_is_written_is_read_back(index):
 def test_what_is_read_is_written_as_it_was(index):
     data = serialise(index)
     assert serialise(parse(data, PATH)) == data
+
+
+@given(indexes())
+def test_but_for_curves_the_file_is_json_as_it_is_indented_everywhere(index):
+    index.sessions = {id: dataclasses.replace(session, curves={}) for id, session in index.sessions.items()}
+    data = serialise(index)
+    assert data == orjson.dumps(
+        orjson.loads(data), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    )
+
+
+@given(st.data())
+def test_what_is_known_from_the_last_time_changes_nothing(data):
+    pieces, index = Pieces(), data.draw(indexes())
+    for _ in range(3):
+        assert serialise(index, pieces) == serialise(index)
+        index = data.draw(edits(index))
+    # A record that was away, and comes back as another under the same id.
+    emptied = serialise(Index(), pieces)
+    assert emptied == serialise(Index())
+    assert serialise(index, pieces) == serialise(index)
+
+
+def test_a_curve_that_is_not_finite_is_read_again():
+    points = ((0, 1.5), (1, math.nan), (2, -math.inf), (3, 2.0))
+    index = Index(sessions={"s": SessionRecord(id="s", curves={"null": points, "loss": points[:1]})})
+    data = serialise(index)
+    assert b'"null": [[0,1.5],[1,"nan"],[2,"-inf"],[3,2.0]]' in data
+    assert same(parse(data, PATH), index)
 
 
 @given(indexes(), st.randoms(use_true_random=False))
