@@ -6,7 +6,6 @@ retried: Linux marks the pages clean after reporting the error once, so that a s
 succeeds proves nothing (Rebello et al., "Can Applications Recover from fsync Failures?", 2020).
 """
 
-import ctypes
 import errno
 import functools
 import os
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
 import orjson
 from filelock import FileLock, Timeout
@@ -55,9 +54,9 @@ class System:
 
         Not `os.posix_fallocate`, which writes to every block where the file system can't reserve.
         """
-        if (fallocate := _fallocate()) is not None and fallocate(fd, _KEEP_SIZE, 0, size) != 0:
-            number = ctypes.get_errno()
-            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
+        if (fallocate := _fallocate()) is not None:
+            number = fallocate(fd, size)
+            if number not in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
                 raise OSError(number, os.strerror(number))
 
     def fsync(self, fd: int) -> None:
@@ -100,14 +99,17 @@ system = System()
 
 
 @functools.cache
-def _fallocate() -> Callable[[int, int, int, int], int] | None:
-    """The C library's `fallocate` (Linux); None elsewhere."""
+def _fallocate() -> Callable[[int, int], int] | None:
+    """The C library's `fallocate` (Linux) of a descriptor and a size, giving the error's number; None elsewhere."""
     if sys.platform != "linux" or sys.maxsize < 2**32:
         return None
+    import ctypes
+
     function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return cast(Callable[[int, int, int, int], int] | None, function)
+    if function is None:
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return lambda fd, size: ctypes.get_errno() if function(fd, _KEEP_SIZE, 0, size) != 0 else 0
 
 
 # --- folders -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 import errno
 import io
-import os
+import struct
 import threading
 import zipfile
 
@@ -36,12 +36,7 @@ def entries(data):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         found = {}
         for entry in archive.infolist():
-            header = entry.header_offset
-            lengths = (
-                int.from_bytes(data[header + 26 : header + 28], "little"),
-                int.from_bytes(data[header + 28 : header + 30], "little"),
-            )
-            start = header + 30 + sum(lengths)
+            start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", data, entry.header_offset + 26))
             found[entry.filename] = (start, data[start : start + entry.file_size])
     return {name: place for name, place in found.items() if not name.endswith("serialization_id")}
 
@@ -121,12 +116,10 @@ def test_sparse_tensors_come_back(tmp_path, layout):
     assert torch.equal(read.to_dense(), dense)
 
 
-def sizes():
-    """Around the length of a block and of what is gathered."""
-    return [1, (1 << 16) - 1, 1 << 16, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1, 20 * MIB]
+AROUND_A_BLOCK = [1, (1 << 16) - 1, 1 << 16, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1, 20 * MIB]
 
 
-@pytest.mark.parametrize("size", sizes())
+@pytest.mark.parametrize("size", AROUND_A_BLOCK)
 def test_long_tensors_between_many_short_ones_are_written_whole(tmp_path, size):
     torch.manual_seed(size)
     payload = {f"short{i}": torch.randn(i * 9) for i in range(40)}
@@ -161,16 +154,6 @@ def test_room_is_taken_before_anything_is_written(tmp_path):
     assert counting.operations == ["create", "reserve", "write", "fsync", "replace"]
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
-    with open(tmp_path / "a.pt", "wb") as file:
-        with pytest.raises(OSError) as caught:
-            fs.system.reserve(file.fileno(), 1 << 55)
-        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
-        fs.system.reserve(file.fileno(), 1 << 20)
-    assert os.stat(tmp_path / "a.pt").st_size == 0
-    assert os.stat(tmp_path / "a.pt").st_blocks * 512 >= 1 << 20
-
-
 def test_what_other_threads_save_meanwhile_is_whole():
     stop, found = threading.Event(), []
     theirs = {"w": torch.arange(1000.0)}
@@ -183,9 +166,11 @@ def test_what_other_threads_save_meanwhile_is_whole():
     other = threading.Thread(target=saving)
     other.start()
     ours = {f"w{i}": torch.ones(100) for i in range(50)}
-    plans = [ptplan.plan(ours) for _ in range(100)]
-    stop.set()
-    other.join()
+    try:
+        plans = [ptplan.plan(ours) for _ in range(100)]
+    finally:
+        stop.set()
+        other.join()
     assert len(found) > 10
     assert all(found)
     assert all(len(plan.storages) == 50 for plan in plans)
