@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ TEMP_SUFFIX = ".tmp"
 _CHUNK = 8 * 1024 * 1024
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_KEEP_SIZE = 1
+"""FALLOC_FL_KEEP_SIZE: what was cut short stays recognisable by its length."""
 
 
 class System:
@@ -46,6 +48,16 @@ class System:
     def write(self, fd: int, data: memoryview) -> int:
         """Write some of `data`; returns how many bytes."""
         return os.write(fd, data)
+
+    def reserve(self, fd: int, size: int) -> None:
+        """Take `size` bytes of the disk for a file that keeps its length; does nothing where that isn't known.
+
+        Not `os.posix_fallocate`, which writes to every block where the file system can't reserve.
+        """
+        if (fallocate := _fallocate()) is not None:
+            number = fallocate(fd, size)
+            if number not in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
+                raise OSError(number, os.strerror(number))
 
     def fsync(self, fd: int) -> None:
         """Bring the file's data to the disk; on macOS past the drive's cache too."""
@@ -84,6 +96,20 @@ class System:
 
 
 system = System()
+
+
+@functools.cache
+def _fallocate() -> Callable[[int, int], int] | None:
+    """The C library's `fallocate` (Linux) of a descriptor and a size, giving the error's number; None elsewhere."""
+    if sys.platform != "linux" or sys.maxsize < 2**32:
+        return None
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if function is None:
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return lambda fd, size: ctypes.get_errno() if function(fd, _KEEP_SIZE, 0, size) != 0 else 0
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -209,6 +235,11 @@ class TempFile:
         if view.nbytes:  # a view with a zero in its shape can't be cast
             _write_all(self._open(), view.cast("B"))
         return view.nbytes
+
+    def reserve(self, size: int) -> None:
+        """Take room for `size` bytes on the disk, so that a full one says so before anything is written."""
+        if size:
+            system.reserve(self._open(), size)
 
     def flush(self) -> None:
         """Nothing is buffered here; writers of archives call it."""

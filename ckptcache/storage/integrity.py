@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from blake3 import blake3
 
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint
 from ckptcache.storage import fs
 
-_CHUNK = 8 * 1024 * 1024
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def measure(file: BinaryIO) -> Written:
     """Size and digest of what is left to read of an open file."""
     hasher, size = blake3(), 0
-    while chunk := file.read(_CHUNK):
-        hasher.update(chunk)
-        size += len(chunk)
+    # Into the same memory again and again: fresh pages for each block cost as much as the digest.
+    block = memoryview(bytearray(_BLOCK))
+    while length := cast(io.BufferedReader, file).readinto(block):
+        hasher.update(block[:length])
+        size += length
     return Written(size, f"blake3:{hasher.hexdigest()}")
 
 

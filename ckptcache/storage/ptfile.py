@@ -15,8 +15,9 @@ import torch
 from blake3 import blake3
 
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint, UnsafeCheckpoint
-from ckptcache.storage import audit, fs
+from ckptcache.storage import audit, fs, ptplan
 from ckptcache.storage.integrity import Written, opened, verify_open
+from ckptcache.storage.ptplan import Plan, Unplannable
 
 HEADER = "ckptcache"
 """The key of the file's own header beside the parts of the state."""
@@ -57,25 +58,49 @@ class _DigestingFile:
         return f"blake3:{self._hash.hexdigest()}"
 
 
+def plan(state: Mapping[str, Any], record: Mapping[str, Any]) -> Plan:
+    """Lay out the file of `state` and its record, reading no tensor; the same two give the same bytes.
+
+    Raises:
+        Unplannable: it can only be written by torch in one go; `write` does that.
+    """
+    return ptplan.plan(_payload(state, record))
+
+
 def write(file: fs.TempFile, state: Mapping[str, Any], record: Mapping[str, Any]) -> Written:
     """Write `state` and its record in torch's format, unsynced; `state` holds only what can be read back.
 
     Raises:
         OSError: the system refused a write; a full disk is one.
     """
-    target = _DigestingFile(file)
-    try:
-        torch.save({**state, HEADER: {"format": FORMAT, "record": dict(record)}}, cast(IO[bytes], target))
-    except RuntimeError as error:
-        # Closing its archive after a failed write, torch fails once more and hides the cause.
-        raise target.error or error from error
-    return Written(target.size, target.digest)
+    return _write(file, _payload(state, record))
 
 
 def write_plain(file: fs.TempFile, state: Mapping[str, Any]) -> Written:
     """Write `state` alone, unsynced, for whoever reads it with torch and without a cache."""
+    return _write(file, dict(state))
+
+
+def _payload(state: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**state, HEADER: {"format": FORMAT, "record": dict(record)}}
+
+
+def _write(file: fs.TempFile, payload: dict[str, Any]) -> Written:
+    try:
+        planned = ptplan.plan(payload)
+    except Unplannable:
+        return _stream(file, payload)
+    return ptplan.write(file, planned)
+
+
+def _stream(file: fs.TempFile, payload: dict[str, Any]) -> Written:
+    """Let torch write by itself what can't be planned, and say what is wrong with what can't be saved."""
     target = _DigestingFile(file)
-    torch.save(dict(state), cast(IO[bytes], target))
+    try:
+        torch.save(payload, cast(IO[bytes], target))
+    except RuntimeError as error:
+        # Closing its archive after a failed write, torch fails once more and hides the cause.
+        raise target.error or error from error
     return Written(target.size, target.digest)
 
 

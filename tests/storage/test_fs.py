@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -122,6 +123,28 @@ def test_a_temporary_file_takes_anything_with_a_buffer(tmp_path: Path, data: obj
     temp.publish()
     assert (tmp_path / "f").read_bytes() == bytes(memoryview(data).tobytes())  # type: ignore[arg-type]
     assert written == (tmp_path / "f").stat().st_size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves without writing")
+def test_room_on_the_disk_is_taken_without_a_change_of_length(tmp_path: Path) -> None:
+    temp = fs.TempFile(tmp_path / "f", "w")
+    with pytest.raises(OSError) as caught:
+        temp.reserve(1 << 55)
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+    temp.reserve(1 << 20)
+    temp.reserve(0)
+    temp.close()
+    assert temp.path.stat().st_size == 0
+    assert temp.path.stat().st_blocks * 512 >= 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system of Linux")
+def test_where_room_cannot_be_reserved_nothing_is_said() -> None:
+    fd = os.open("/proc/self/comm", os.O_WRONLY)
+    try:
+        fs.system.reserve(fd, 4096)
+    finally:
+        os.close(fd)
 
 
 def test_short_writes_are_continued(tmp_path: Path) -> None:

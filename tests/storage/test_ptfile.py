@@ -241,13 +241,27 @@ def test_the_same_state_is_written_alike_wherever_it_goes(tmp_path):
     assert save(tmp_path / "a.pt", state) == save(tmp_path / "b.pt", state)
 
 
-def test_a_write_that_fails_says_so_as_the_system_did(tmp_path):
-    with swapped(FailingSystem(at=3, error=errno.ENOSPC)):
+@pytest.mark.parametrize("operation", ["reserve", "write"])
+def test_a_write_that_fails_says_so_as_the_system_did(tmp_path, operation):
+    with swapped(FailingSystem(at=0, error=errno.ENOSPC, operation=operation)):
         temp = fs.TempFile(tmp_path / "a.pt", "w1")
         with pytest.raises(OSError, match="No space left"):
             ptfile.write(temp, {"model": {"w": torch.ones(5000)}}, RECORD)
         temp.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")
+def test_what_only_torch_can_write_in_one_go_is_written_and_fails_as_before(tmp_path):
+    quantised = torch.quantize_per_tensor(torch.arange(4.0), 0.5, 0, torch.qint8)
+    read = round_trip(tmp_path / "a.pt", {"model": {"q": quantised}})
+    assert torch.equal(read["model"]["q"].int_repr(), quantised.int_repr())
+    data = torch.ones(4)
+    temp = fs.TempFile(tmp_path / "b.pt", "w1")
+    with pytest.raises(RuntimeError, match="view the same data as different types"):
+        ptfile.write(temp, {"model": {"f": data, "i": data.view(torch.int32)}}, RECORD)
+    temp.discard()
 
 
 # --- foreign files -------------------------------------------------------------------------------

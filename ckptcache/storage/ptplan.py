@@ -1,0 +1,223 @@
+"""Where every byte of a torch file will stand, known before any of them is written.
+
+torch writes the file's outline itself, over gaps that it leaves for the stored tensors
+(`torch.serialization.skip_data`), so that the format is torch's own in every version. The tensors' bytes
+then go from where they are into the file, without a checksum that nothing reads: the digest is the check.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+import torch
+from blake3 import blake3
+
+from ckptcache.storage import fs
+from ckptcache.storage.integrity import Written
+
+_BLOCK = 8 << 20
+"""Bytes that are digested and written at once."""
+_SMALL = 1 << 16
+"""What is shorter is gathered: a system call costs more than its copy."""
+
+
+class Unplannable(RuntimeError):
+    """torch has no outline of such a value, or not one that leaves the gaps expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A storage, whole, and where it stands in the file."""
+
+    offset: int
+    """Bytes from the file's beginning, a multiple of torch's own alignment of 64."""
+    length: int
+    storage: torch.UntypedStorage
+    """Its bytes, on whatever device they are; shared with the tensors they belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A file that is laid out and not yet written: what stands between the storages, and the storages."""
+
+    size: int
+    """Bytes of the whole file."""
+    between: tuple[tuple[int, bytes], ...]
+    """Offset and content of everything that is no storage."""
+    storages: tuple[Placed, ...]
+    """By offset; each once, however many tensors share it; empty ones have no place."""
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def plan(payload: Mapping[str, Any]) -> Plan:
+    """Lay out the file that ``torch.save(payload)`` would write; the same payload gives the same plan.
+
+    The tensors are neither read nor copied. Nothing that other threads save with torch is touched.
+
+    Raises:
+        Unplannable: torch can't outline it (quantised tensors), or can't save it at all; what no pickle can hold
+            is refused by torch as in `torch.save`.
+    """
+    target = _Outline()
+    try:
+        with _noticing() as noticed, torch.serialization.skip_data():
+            torch.save(dict(payload), cast(IO[bytes], target))
+    except RuntimeError as error:
+        raise Unplannable(str(error)) from error
+    storages = [storage for storage in noticed.values() if storage.nbytes()]
+    if [storage.nbytes() for storage in storages] != [length for _, length in target.gaps]:
+        raise Unplannable("the gaps in torch's outline are not its storages")
+    placed = (Placed(*gap, storage) for gap, storage in zip(target.gaps, storages, strict=True))
+    return Plan(target.size, tuple((at, bytes(data)) for at, data in target.between), tuple(placed))
+
+
+class _Outline:
+    """Takes what torch writes around the tensors, and the place of each gap that it leaves by seeking ahead."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.between: list[tuple[int, bytearray]] = [(0, bytearray())]
+        self.gaps: list[tuple[int, int]] = []
+
+    def write(self, data: Any) -> int:
+        self.between[-1][1].extend(data)
+        self.size += len(data)
+        return len(data)
+
+    def seek(self, distance: int, whence: int) -> int:
+        if whence != 1 or distance < 0:
+            raise Unplannable(f"torch seeks ({distance}, {whence})")
+        self.gaps.append((self.size, distance))
+        self.size += distance
+        self.between.append((self.size, bytearray()))
+        return self.size
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+class _Noticed(threading.local):
+    """The storages that torch asked the device of, in that order, which is the order of their names in the file."""
+
+    storages: dict[int, torch.UntypedStorage] | None = None
+
+
+_noticed = _Noticed()
+
+
+@contextmanager
+def _noticing() -> Iterator[dict[int, torch.UntypedStorage]]:
+    outer, _noticed.storages = _noticed.storages, {}
+    try:
+        yield _noticed.storages
+    finally:
+        _noticed.storages = outer
+
+
+def _notice(storage: torch.UntypedStorage) -> None:
+    if _noticed.storages is not None:
+        _noticed.storages.setdefault(storage._cdata, storage)
+
+
+def _restores_nothing(storage: Any, location: str) -> None:
+    """A place for tensors is registered with the way back; this one is none."""
+
+
+# torch asks every registered place in turn. Two of one priority can't be sorted, hence one that no other can have.
+torch.serialization.register_package(-id(_notice), cast(Any, _notice), cast(Any, _restores_nothing))
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write(file: fs.TempFile, plan: Plan) -> Written:
+    """Write what is planned, unsynced, its room on the disk reserved first; digested as it goes by.
+
+    Raises:
+        OSError: the system refused; a full disk does so before anything is written, where room can be reserved.
+        RuntimeError: a storage was resized since it was planned.
+    """
+    file.reserve(plan.size)
+    with _Digest(alone=plan.size <= _BLOCK) as digest:
+        for block in blocks(plan):
+            digest.update(block)
+            file.write(block)
+    return Written(plan.size, digest.result)
+
+
+def blocks(plan: Plan) -> Iterator[memoryview]:
+    """The planned file from its beginning to its end: views of what lies on the CPU, copies of the rest."""
+    gathered = bytearray()
+    for piece in _pieces(plan):
+        if len(piece) < _SMALL and len(gathered) < _BLOCK:
+            gathered += piece
+            continue
+        if gathered:
+            yield memoryview(gathered)
+            gathered = bytearray()
+        yield piece
+    if gathered:
+        yield memoryview(gathered)
+
+
+def _pieces(plan: Plan) -> Iterator[memoryview]:
+    entries: list[tuple[int, bytes | Placed]] = [*plan.between, *((placed.offset, placed) for placed in plan.storages)]
+    for _, content in sorted(entries, key=lambda entry: entry[0]):
+        if isinstance(content, Placed):
+            yield from _bytes_of(content)
+        else:
+            for start in range(0, len(content), _BLOCK):
+                yield memoryview(content)[start : start + _BLOCK]
+
+
+def _bytes_of(placed: Placed) -> Iterator[memoryview]:
+    if placed.storage.nbytes() != placed.length:
+        raise RuntimeError(f"a tensor was resized while it was saved, from {placed.length} bytes")
+    data = torch.empty(0, dtype=torch.uint8, device=placed.storage.device).set_(placed.storage)
+    for start in range(0, placed.length, _BLOCK):
+        yield data[start : start + _BLOCK].cpu().numpy().data
+
+
+class _Digest:
+    """blake3 of the blocks that pass by, in a thread beside the one that writes them.
+
+    The same pages in two threads take less of the processor than blake3's own threads before each write.
+    """
+
+    def __init__(self, *, alone: bool) -> None:
+        self._hash = blake3()
+        # Few at a time: what comes from another device is a copy.
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
+        self._thread = None if alone else threading.Thread(target=self._run, name="ckptcache-digest")
+
+    def __enter__(self) -> "_Digest":
+        if self._thread is not None:
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._thread = None  # no more threads: the interpreter is ending, or the system's limit is reached
+        return self
+
+    def update(self, block: memoryview) -> None:
+        if self._thread is None:
+            self._hash.update(block)
+        else:
+            self._queue.put(block)
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (block := self._queue.get()) is not None:
+            self._hash.update(block)
+
+    @property
+    def result(self) -> str:
+        return f"blake3:{self._hash.hexdigest()}"

@@ -1,0 +1,193 @@
+import errno
+import io
+import struct
+import threading
+import zipfile
+
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptcache.storage import fs, integrity, ptfile, ptplan
+from tests.faults import CountingSystem, FailingSystem, swapped
+from tests.storage.test_ptfile import DTYPES, RECORD, bits, identical, save
+
+MIB = 1 << 20
+
+
+def written(path, payload):
+    temp = fs.TempFile(path, "w1")
+    measured = ptplan.write(temp, ptplan.plan(payload))
+    temp.sync()
+    temp.publish()
+    return measured
+
+
+def by_torch(payload):
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    return buffer.getvalue()
+
+
+def entries(data):
+    """Name to place and content, of all but the hash that torch makes of the checksums."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        found = {}
+        for entry in archive.infolist():
+            start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", data, entry.header_offset + 26))
+            found[entry.filename] = (start, data[start : start + entry.file_size])
+    return {name: place for name, place in found.items() if not name.endswith("serialization_id")}
+
+
+VIEWS = {
+    "itself": lambda t: t,
+    "a parameter": lambda t: torch.nn.Parameter(t, requires_grad=False),
+    "its half": lambda t: t[len(t) // 2 :],
+    "every other": lambda t: t[1::2] if len(t) > 1 else t,
+    "an element": lambda t: t[0] if len(t) else t,
+    "turned": lambda t: t[: len(t) // 2 * 2].reshape(-1, 2).t() if len(t) > 1 else t,
+    "expanded": lambda t: t[:1].expand(3) if len(t) else t,
+    "a copy": lambda t: t.clone(),
+}
+
+
+@st.composite
+def shared_trees(draw):
+    """Mappings of lists of tensors, many of which look into the memory of others."""
+    bases = draw(st.lists(st.builds(bits, st.sampled_from(DTYPES), st.sampled_from([0, 1, 7, 24])), min_size=1))
+    look = st.builds(lambda base, view: VIEWS[view](base), st.sampled_from(bases), st.sampled_from(sorted(VIEWS)))
+    leaves = look | st.integers() | st.text("abc", max_size=3)
+    return draw(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.lists(leaves, max_size=5), max_size=4))
+
+
+def sharing(tree):
+    """Which tensors of a tree share their memory, as numbers in order."""
+    numbers = {}
+    tensors = [t for leaves in tree.values() for t in leaves if isinstance(t, torch.Tensor) and t.untyped_storage()]
+    return [numbers.setdefault(t.untyped_storage().data_ptr(), len(numbers)) for t in tensors]
+
+
+@given(shared_trees())
+def test_a_file_is_what_torch_writes_in_place_and_content_and_reads_back_alike(tmp_path_factory, tree):
+    path = tmp_path_factory.mktemp("tree") / "a.pt"
+    measured = written(path, tree)
+    data, theirs = path.read_bytes(), by_torch(tree)
+    assert entries(data) == entries(theirs)
+    assert measured == integrity.Written(len(data), f"blake3:{blake3(data).hexdigest()}")
+    for mmap in (False, True):
+        read = torch.load(path, weights_only=True, mmap=mmap)
+        assert identical(read, torch.load(io.BytesIO(theirs), weights_only=True))
+        assert sharing(read) == sharing(tree)
+    content = ptfile.read(path, size=measured.size, digest=measured.digest)
+    assert content.size == len(data)
+
+
+def test_a_plan_says_where_each_storage_stands_and_reads_none(tmp_path):
+    model = {"w": torch.randn(5000), "b": torch.randn(3)}
+    state = {"model": model, "again": model["w"][7:9]}
+    plan = ptfile.plan(state, RECORD)
+    assert [placed.length for placed in plan.storages] == [20_000, 12]
+    assert all(placed.offset % 64 == 0 for placed in plan.storages)
+    model["w"].fill_(3)  # after planning: the bytes are taken when they are written
+    save(tmp_path / "a.pt", state)
+    data = (tmp_path / "a.pt").read_bytes()
+    assert len(data) == plan.size
+    for placed, tensor in zip(plan.storages, model.values(), strict=True):
+        assert data[placed.offset : placed.offset + placed.length] == tensor.numpy().tobytes()
+    assert all(data[at : at + len(piece)] == piece for at, piece in plan.between)
+
+
+def test_the_same_state_is_planned_alike():
+    state = {"model": {"w": torch.ones(5), "sparse": torch.eye(3).to_sparse()}}
+    plans = [ptfile.plan(state, RECORD) for _ in range(2)]
+    assert plans[0].between == plans[1].between
+    assert plans[0].size == plans[1].size
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors_come_back(tmp_path, layout):
+    dense = torch.arange(12.0).reshape(3, 4)
+    written(tmp_path / "a.pt", {"t": dense.to_sparse(layout=layout)})
+    read = torch.load(tmp_path / "a.pt", weights_only=True)["t"]
+    assert read.layout is layout
+    assert torch.equal(read.to_dense(), dense)
+
+
+AROUND_A_BLOCK = [1, (1 << 16) - 1, 1 << 16, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1, 20 * MIB]
+
+
+@pytest.mark.parametrize("size", AROUND_A_BLOCK)
+def test_long_tensors_between_many_short_ones_are_written_whole(tmp_path, size):
+    torch.manual_seed(size)
+    payload = {f"short{i}": torch.randn(i * 9) for i in range(40)}
+    payload["long"] = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    payload |= {f"more{i}": torch.randint(0, 256, (60_000,), dtype=torch.uint8) for i in range(200)}
+    measured = written(tmp_path / "a.pt", payload)
+    assert integrity.digest_of(tmp_path / "a.pt") == measured
+    assert identical(torch.load(tmp_path / "a.pt", weights_only=True), payload)
+
+
+def test_where_no_thread_can_be_started_the_digest_is_taken_all_the_same(tmp_path, monkeypatch):
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    measured = written(tmp_path / "a.pt", {"w": torch.ones(5 * MIB)})
+    assert integrity.digest_of(tmp_path / "a.pt") == measured
+
+
+def test_no_thread_is_left_when_a_write_fails_halfway(tmp_path):
+    before = threading.active_count()
+    temp = fs.TempFile(tmp_path / "a.pt", "w1")
+    with swapped(FailingSystem(at=2, error=errno.EIO, operation="write")), pytest.raises(OSError, match="Input/output"):
+        ptplan.write(temp, ptplan.plan({"w": torch.ones(20 * MIB)}))
+    temp.discard()
+    assert threading.active_count() == before
+
+
+def test_room_is_taken_before_anything_is_written(tmp_path):
+    with swapped(CountingSystem()) as counting:
+        written(tmp_path / "a.pt", {"w": torch.ones(3)})
+    assert counting.operations == ["create", "reserve", "write", "fsync", "replace"]
+
+
+def test_what_other_threads_save_meanwhile_is_whole():
+    stop, found = threading.Event(), []
+    theirs = {"w": torch.arange(1000.0)}
+    whole = by_torch(theirs)
+
+    def saving():
+        while not stop.is_set():
+            found.append(by_torch(theirs) == whole)
+
+    other = threading.Thread(target=saving)
+    other.start()
+    ours = {f"w{i}": torch.ones(100) for i in range(50)}
+    try:
+        plans = [ptplan.plan(ours) for _ in range(100)]
+    finally:
+        stop.set()
+        other.join()
+    assert len(found) > 10
+    assert all(found)
+    assert all(len(plan.storages) == 50 for plan in plans)
+    assert by_torch(theirs) == whole
+
+
+def test_a_tensor_that_is_resized_after_it_was_planned_is_refused(tmp_path):
+    tensor = torch.ones(100)
+    plan = ptplan.plan({"w": tensor})
+    tensor.untyped_storage().resize_(0)
+    temp = fs.TempFile(tmp_path / "a.pt", "w1")
+    with pytest.raises(RuntimeError, match="resized while it was saved"):
+        ptplan.write(temp, plan)
+    temp.discard()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
+def test_what_torch_cannot_outline_is_not_planned():
+    with pytest.raises(ptplan.Unplannable, match="qtensor"):
+        ptplan.plan({"q": torch.quantize_per_tensor(torch.arange(4.0), 0.5, 0, torch.qint8)})
