@@ -6,11 +6,12 @@ then go from where they are into the file, without a checksum that nothing reads
 """
 
 import queue
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from blake3 import blake3
@@ -69,11 +70,20 @@ def plan(payload: Mapping[str, Any]) -> Plan:
             torch.save(dict(payload), cast(IO[bytes], target))
     except RuntimeError as error:
         raise Unplannable(str(error)) from error
-    storages = [storage for storage in noticed.values() if storage.nbytes()]
-    if [storage.nbytes() for storage in storages] != [length for _, length in target.gaps]:
+    # torch names them in the order in which it came upon them, and need not write them in that order.
+    named = {str(number): storage for number, storage in enumerate(noticed.values()) if storage.nbytes()}
+    gaps = {gap.name: gap for gap in target.gaps}
+    if {name: storage.nbytes() for name, storage in named.items()} != {name: g.length for name, g in gaps.items()}:
         raise Unplannable("the gaps in torch's outline are not its storages")
-    placed = (Placed(*gap, storage) for gap, storage in zip(target.gaps, storages, strict=True))
+    placed = (Placed(gap.offset, gap.length, named[name]) for name, gap in gaps.items())
     return Plan(target.size, tuple((at, bytes(data)) for at, data in target.between), tuple(placed))
+
+
+class _Gap(NamedTuple):
+    name: str
+    """What follows ``data/`` in the entry's name."""
+    offset: int
+    length: int
 
 
 class _Outline:
@@ -82,7 +92,7 @@ class _Outline:
     def __init__(self) -> None:
         self.size = 0
         self.between: list[tuple[int, bytearray]] = [(0, bytearray())]
-        self.gaps: list[tuple[int, int]] = []
+        self.gaps: list[_Gap] = []
 
     def write(self, data: Any) -> int:
         self.between[-1][1].extend(data)
@@ -92,13 +102,25 @@ class _Outline:
     def seek(self, distance: int, whence: int) -> int:
         if whence != 1 or distance < 0:
             raise Unplannable(f"torch seeks ({distance}, {whence})")
-        self.gaps.append((self.size, distance))
+        self.gaps.append(_Gap(_entry_name(self.between[-1][1]), self.size, distance))
         self.size += distance
         self.between.append((self.size, bytearray()))
         return self.size
 
     def flush(self) -> None:
         """Nothing is buffered."""
+
+
+def _entry_name(written: bytes | bytearray) -> str:
+    """The name below ``data/`` of the entry whose header was written last (APPNOTE.TXT, 4.3.7)."""
+    start = written.rfind(b"PK\x03\x04")
+    if start < 0 or len(written) < start + 30:
+        raise Unplannable("torch's outline has a gap without a header")
+    name_length, extra_length = struct.unpack_from("<HH", written, start + 26)
+    name = bytes(written[start + 30 : start + 30 + name_length]).decode()
+    if len(written) != start + 30 + name_length + extra_length or "/data/" not in name:
+        raise Unplannable(f"torch's outline has a gap in {name!r}")
+    return name.rsplit("/data/", 1)[1]
 
 
 class _Noticed(threading.local):

@@ -191,3 +191,25 @@ def test_a_tensor_that_is_resized_after_it_was_planned_is_refused(tmp_path):
 def test_what_torch_cannot_outline_is_not_planned():
     with pytest.raises(ptplan.Unplannable, match="qtensor"):
         ptplan.plan({"q": torch.quantize_per_tensor(torch.arange(4.0), 0.5, 0, torch.qint8)})
+
+
+def test_of_many_storages_of_one_length_each_stands_in_its_own_place(tmp_path):
+    state = {f"t{number}": torch.full((50,), float(number)) for number in range(25)}
+    planned = ptplan.plan(state)
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"".join(bytes(block) for block in ptplan.blocks(planned)))
+    read = torch.load(path, weights_only=True)
+    assert all(torch.equal(read[name], value) for name, value in state.items())
+
+
+def test_storages_are_told_apart_by_their_entries_names_and_not_by_their_order(monkeypatch):
+    state = {f"t{number}": torch.full((50,), float(number)) for number in range(3)}
+    swapped = {"0": "2", "1": "1", "2": "0"}
+    real = ptplan._entry_name
+    monkeypatch.setattr(ptplan, "_entry_name", lambda written: swapped[real(written)])
+    placed = sorted(ptplan.plan(state).storages, key=lambda p: p.offset)
+    assert [torch.tensor(p.storage.tolist(), dtype=torch.uint8).view(torch.float32)[0].item() for p in placed] == [
+        2,
+        1,
+        0,
+    ]
