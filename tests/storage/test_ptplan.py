@@ -204,12 +204,7 @@ def test_of_many_storages_of_one_length_each_stands_in_its_own_place(tmp_path):
 
 def test_storages_are_told_apart_by_their_entries_names_and_not_by_their_order(monkeypatch):
     state = {f"t{number}": torch.full((50,), float(number)) for number in range(3)}
-    swapped = {"0": "2", "1": "1", "2": "0"}
-    real = ptplan._entry_name
-    monkeypatch.setattr(ptplan, "_entry_name", lambda written: swapped[real(written)])
+    others, real = {"0": "2", "1": "1", "2": "0"}, ptplan._entry_name
+    monkeypatch.setattr(ptplan, "_entry_name", lambda written: others[real(written)])
     placed = sorted(ptplan.plan(state).storages, key=lambda p: p.offset)
-    assert [torch.tensor(p.storage.tolist(), dtype=torch.uint8).view(torch.float32)[0].item() for p in placed] == [
-        2,
-        1,
-        0,
-    ]
+    assert [struct.unpack_from("<f", bytes(p.storage.tolist()))[0] for p in placed] == [2, 1, 0]
