@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from ckptcache.errors import GitFailed, NotARepository
 from ckptcache.storage import fs
 
-TIMEOUT = 300.0
-"""Seconds for one command; a network that answers nothing must not keep a job until its own limit."""
+TIMEOUT = 120.0
+"""Seconds for one command; a cancelled job has five minutes in all, of which some must be left."""
 _ASK_THE_REMOTE = ("fetch", "push")
 _NO_REMOTE_BRANCH = "couldn't find remote ref"
 _REFUSED = (
