@@ -25,6 +25,8 @@ FULL_CURVES = 20
 """How many of the newest sessions keep their curves in full."""
 SHORT_CURVE = 20
 """Points that each curve of an older session keeps."""
+_LOOKS = 20
+"""At a cache that others write to without a pause; each look is quicker than a save."""
 
 
 class Change:
@@ -111,14 +113,27 @@ class Ledger:
         Raises IndexDamaged when there is nothing to rebuild a broken index from, and IndexTooNew.
         """
         try:
-            opened = open_index(self.file, self.layout)
-            index = merge(Index(), opened.index, self.overlay) if self.overlay.checkpoints else opened.index
-            observed = observe(index, self.layout)
+            opened, index, observed = self._look()
         except OSError as error:
             raise CacheDirNotReadable(path=error.filename or self.layout.root, reason=fs.reason_of(error)) from error
         if opened.broken is not None:
             log.warning("%s Until then it is rebuilt in memory at each look.", opened.broken)
         return Catalog(self.layout.root, index, observed, self.config)
+
+    def _look(self) -> tuple[Opened, Index, Observed]:
+        """The index, and the files as they are beside it.
+
+        Between a look at the one and at the others a save may have been committed and what it evicted removed, so that
+        nothing of the index seems to be there: then both are looked at again.
+        """
+        for _ in range(_LOOKS):
+            stamp = self.file.stamp()
+            opened = open_index(self.file, self.layout)
+            index = merge(Index(), opened.index, self.overlay) if self.overlay.checkpoints else opened.index
+            observed = observe(index, self.layout)
+            if not observed.missing or self.file.stamp() == stamp:
+                break
+        return opened, index, observed
 
     @contextmanager
     def steady(self) -> Iterator[None]:

@@ -1,3 +1,4 @@
+import importlib
 import logging
 import math
 from collections import deque
@@ -27,6 +28,7 @@ from ckptcache.errors import (
 )
 from ckptcache.ledger import FULL_CURVES, SHORT_CURVE
 from ckptcache.metadata import SessionRecord
+from ckptcache.storage import reconcile
 from ckptcache.values import MAX_CONFIG_DEPTH, MAX_JSON_DEPTH
 from tests.caches import CONFIG, Training, as_nobody, file_of, ids, kinds, let_in, listing, save, tiny
 
@@ -635,3 +637,19 @@ def test_the_curves_of_old_sessions_are_kept_short(tmp_path):
     assert lengths == [SHORT_CURVE] * 3 + [200] * FULL_CURVES
     oldest = cache.sessions()[0].curves["loss"]
     assert (oldest[0], oldest[-1]) == (curve["loss"][0], curve["loss"][-1])
+
+
+def test_a_look_that_a_save_has_overtaken_is_taken_again(tmp_path, monkeypatch):
+    looking, observe = importlib.import_module("ckptcache.ledger"), reconcile.observe
+    reader, writer = (TrainingCache(tmp_path / "c", max_checkpoints=1) for _ in range(2))
+    writer.save({"model": torch.zeros(2)}, iteration=1, val_loss=2.0)
+
+    def overtaken(index, layout):
+        monkeypatch.setattr(looking, "observe", observe)
+        writer.save({"model": torch.zeros(2)}, iteration=2, val_loss=1.0)
+        return observe(index, layout)
+
+    monkeypatch.setattr(looking, "observe", overtaken)
+    (found,) = reader.checkpoints()
+    assert found.iteration == 2
+    writer.close()

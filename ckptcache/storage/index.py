@@ -465,6 +465,17 @@ class IndexFile:
         # Not self._seen: another thread may have put an older look there meanwhile.
         return seen[1]
 
+    def stamp(self) -> tuple[int, ...] | None:
+        """What all but surely differs after a commit, and costs nothing to get; None where there is no index.
+
+        Not enough to trust a parsed index by (see `read`), and enough to notice that one was replaced just now.
+        """
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
     @contextmanager
     def held(self, *, timeout: float = fs.LOCK_TIMEOUT) -> Iterator[None]:
         """Hold the lock; whatever is read inside stays true until it is left."""
