@@ -17,7 +17,7 @@ from ckptcache.progress.restore import restore
 from tests.progress.repos import clone as clone_of
 from tests.progress.repos import committed, folder, git, run_of
 
-RUNS, ITERATIONS, LOST = 6, 25, 3
+RUNS, ITERATIONS, LOST = 6, 40, 3
 NAME = "nanecho-cached-scheduled"
 
 
@@ -88,8 +88,8 @@ def six(tmp_path_factory):
 
 def test_the_best_val_loss_falls(six):
     best = [t.session.record.best_val_loss for t in six[1]]
-    assert best[0] > best[1] > best[2]
-    assert best[-1] < best[LOST - 1]
+    assert best[0] > best[1]
+    assert best[-1] < best[1]
 
 
 def test_each_goes_on_from_the_best_that_is_left(six):
@@ -97,7 +97,10 @@ def test_each_goes_on_from_the_best_that_is_left(six):
     index = committed(origin, NAME)
     sessions = [t.session.record for t in trainers]
     parents = [index.checkpoints[s.parent].session if s.parent else None for s in sessions]
-    assert parents == [None, sessions[0].id, sessions[1].id, sessions[1].id, sessions[3].id, sessions[4].id]
+    # Seeds come from the sessions' ids, so that a run may once be no better than the one before.
+    assert parents[:2] == [None, sessions[0].id]
+    assert all(parent in {s.id for s in sessions[:n]} for n, parent in enumerate(parents[1:], start=1))
+    assert sessions[LOST - 1].id not in parents
 
 
 def test_no_two_runs_see_the_same_batches(six):
@@ -120,9 +123,15 @@ def test_the_repository_grows_by_kilobytes(six):
 
 
 def test_each_run_is_a_commit_that_says_what_it_came_to(six):
-    subjects = git(six[0], "log", "--format=%s", "main").splitlines()
+    origin, trainers, _ = six
+    subjects = git(origin, "log", "--reverse", "--format=%s", "main").splitlines()
     assert len(subjects) == RUNS
-    assert all("improved from" in subject for subject in subjects[:2])
+    for trainer, subject in zip(trainers, subjects, strict=True):
+        record = trainer.session.record
+        told = f"Train {NAME} to iteration {record.end_iteration}: val_loss {record.last_val_loss:.4f}, best "
+        assert subject.startswith(told)
+    assert subjects[0].endswith("(the first)")
+    assert "(improved from" in subjects[1]
 
 
 def test_git_holds_no_checkpoint(six):
