@@ -14,6 +14,7 @@ from ckptcache.nanecho.settings import NanEchoConfig, TrainingSettings
 from ckptcache.nanecho.trainer import CachedNanEchoTrainer
 from ckptcache.progress.commit import commit
 from ckptcache.progress.restore import restore
+from tests.conftest import requires
 from tests.progress.repos import clone as clone_of
 from tests.progress.repos import committed, folder, git, run_of
 
@@ -65,6 +66,7 @@ def train(machine, data):
 @pytest.fixture(scope="module")
 def six(tmp_path_factory):
     """Six scheduled runs in a row, each on a machine of its own; the cache that the third saved is lost."""
+    requires("git")
     tmp_path = tmp_path_factory.mktemp("six")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import requires
 from tests.workflows.acting import ROOT, git
 from tests.workflows.test_lint import scripts_in
 
@@ -70,6 +71,7 @@ def test_what_is_installed_already_is_not_pinned_to_another_version(tmp_path: Pa
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
+    requires("git")
     folder = tmp_path / "clone"
     folder.mkdir()
     git(folder, "init", "-q", "-b", "main")
@@ -104,6 +106,7 @@ def test_a_commit_without_a_branch_is_refused_before_the_training(clone: Path) -
 
 
 def test_a_folder_that_git_knows_nothing_of_is_refused_before_the_training(tmp_path: Path) -> None:
+    requires("git")
     (tmp_path / "bare").mkdir()
     done = prepare(tmp_path / "bare")
     assert done.returncode == 2
