@@ -40,7 +40,7 @@ class Committed:
 
     Attributes:
         commit: its name; None when there was nothing to commit.
-        pushed_to: ``branch of remote``; None for a clone without remote, or on request.
+        pushed_to: ``branch of remote``; None for a clone without remote, on request, and where nothing was new.
         views: the runs that were committed.
         notes: what else is to be known, a sentence each.
     """
@@ -143,7 +143,7 @@ class _Committing:
     def _finished(self, attempts: int) -> Committed:
         if attempts and self.repository.branch() == self.target.branch:
             self._follow()
-        where = f"{self.target.branch} of {self.target.remote}" if attempts else None
+        where = f"{self.target.branch} of {self.target.remote}" if attempts and self.made is not None else None
         return Committed(self.made, where, attempts, self.message, self.views, self.notes)
 
     def _follow(self) -> None:
@@ -220,14 +220,7 @@ class _Committing:
         changes = [self._merge(run, parent) for run in self.runs]
         self.views = [change.after for change in changes]
         records = [(run, read_index_bytes(run.index)) for run in self.runs if run.index.exists()]
-        made: dict[Path, bytes] = {}
-        for run, view in zip(self.runs, self.views, strict=True):
-            made |= run_files(run, view)
-        others = self._others(parent)
-        charts = {run.name for run in self.runs if run.chart in made}
-        charts |= {v.name for v in others if self.repository.relative(self.folder.run(v.name).chart) in self.there}
-        name = self.repository.relative(self.folder.root)
-        made |= page_file(self.folder, name, [*self.views, *others], charts)
+        made = self._derived(parent)
         write_changed(made)
         # The records are only read: a training that goes on may have written a newer one since.
         made |= {run.index: content for run, content in records} | self._standing()
@@ -236,6 +229,16 @@ class _Committing:
         self.message = commit_message(changes)
         self.repository.delete_ref(self.ref)
         self.made = self.repository.commit(parent, changed, self.message, ref=self.ref) if changed else None
+
+    def _derived(self, parent: str | None) -> dict[Path, bytes]:
+        made: dict[Path, bytes] = {}
+        for run, view in zip(self.runs, self.views, strict=True):
+            made |= run_files(run, view)
+        others = self._others(parent)
+        charts = {run.name for run in self.runs if run.chart in made}
+        charts |= {v.name for v in others if self.repository.relative(self.folder.run(v.name).chart) in self.there}
+        name = self.repository.relative(self.folder.root)
+        return made | page_file(self.folder, name, [*self.views, *others], charts)
 
     def _merge(self, run: Run, parent: str | None) -> RunChange:
         ours, theirs = local_record(run, self.repository), self._theirs(run, parent)

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from itertools import accumulate
 
 from ckptcache.metadata import SessionRecord
-from ckptcache.policy.compatibility import Group
 from ckptcache.progress.views import RunView
 
 Points = list[tuple[int, float]]
@@ -30,18 +29,9 @@ def comparable(view: RunView) -> frozenset[str]:
 
     A session of which nothing is known counts as comparable.
     """
-    groups = _groups(view)
+    groups = view.session_groups()
     known = [groups[s.id] for s in view.sessions if groups[s.id] is not None]
     return frozenset(id for id, group in groups.items() if group is None or group == known[0])
-
-
-def _groups(view: RunView) -> dict[str, Group | None]:
-    own = {r.session: r for r in sorted(view.index.checkpoints.values(), key=lambda r: r.order)}
-    groups: dict[str, Group | None] = {}
-    for session in view.sessions:
-        witness = own.get(session.id) or view.index.checkpoints.get(session.parent or "")
-        groups[session.id] = None if witness is None else view.catalog.group(witness)
-    return groups
 
 
 def lowest(points: Iterable[tuple[int, float]]) -> Points:

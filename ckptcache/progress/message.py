@@ -65,7 +65,7 @@ def _best(change: RunChange) -> str:
 
 def _bests(change: RunChange) -> tuple[CheckpointMetadata | None, CheckpointMetadata | None]:
     """The best before and after, among those that the session's losses can be compared with."""
-    group = change.after.group_of(change.session) if change.session is not None else None
+    group = change.after.session_groups()[change.session.id] if change.session is not None else None
     if group is None:
         return change.before.best, change.after.best
     return change.before.best_of(group), change.after.best_of(group)

@@ -48,11 +48,14 @@ class RunView:
         """The best checkpoint of a group, whether its file is kept or not; None without a finite loss."""
         return quality.best(filter(self._is_known, self.catalog.groups.get(group, [])), self.catalog.scores)
 
-    def group_of(self, session: SessionRecord) -> Group | None:
-        """The group that a session's checkpoints are in, or the one that it went on from; None if neither is known."""
-        own = (r for r in self.index.checkpoints.values() if r.session == session.id)
-        witness = max(own, key=lambda r: r.order, default=self.index.checkpoints.get(session.parent or ""))
-        return None if witness is None else self.catalog.group(witness)
+    def session_groups(self) -> dict[str, Group | None]:
+        """The group of each session: its last checkpoint's, or that of the one it went on from; None for neither."""
+        own = {r.session: r for r in sorted(self.index.checkpoints.values(), key=lambda r: r.order)}
+        groups: dict[str, Group | None] = {}
+        for session in self.sessions:
+            witness = own.get(session.id) or self.index.checkpoints.get(session.parent or "")
+            groups[session.id] = None if witness is None else self.catalog.group(witness)
+        return groups
 
     def _is_known(self, record: CheckpointMetadata) -> bool:
         return self.catalog.scores[record.id].status == "known"

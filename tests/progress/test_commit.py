@@ -55,7 +55,8 @@ def test_nothing_new_makes_no_commit(origin, clone):
     train(clone)
     commit(folder(clone))
     before = git(origin, "rev-parse", "main")
-    assert commit(folder(clone)).commit is None
+    again = commit(folder(clone))
+    assert (again.commit, again.pushed_to) == (None, None)
     assert git(origin, "rev-parse", "main") == before
 
 
