@@ -59,20 +59,19 @@ def job_report(view: RunView, notes: Sequence[str] = ()) -> str:
 
 
 def _overview(labelled: Sequence[Labels]) -> list[str]:
-    titles = ("run", "sessions", "iterations", "best checkpoint", "kept", "only recorded")
-    return table(titles, map(_overview_row, labelled), right=("sessions", "iterations", "kept", "only recorded"))
+    titles = ("run", "sessions", "iterations", "best checkpoint", "kept", "recorded")
+    return table(titles, map(_overview_row, labelled), right=("sessions", "iterations", "kept", "recorded"))
 
 
 def _overview_row(labels: Labels) -> list[str]:
     view = labels.view
-    kept = len(view.available)
     return [
         f"[{_title(view.name)}](#{_anchor(view.name)})",
         str(len(view.sessions)),
         str(_reached(view)),
         "" if labels.best is None else _loss_and_place(labels.best),
-        str(kept),
-        str(len(view.index.checkpoints) - kept),
+        str(len(view.available)),
+        str(len(view.index.checkpoints)),
     ]
 
 

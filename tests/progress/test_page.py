@@ -37,8 +37,8 @@ def test_the_page_begins_with_all_runs():
     assert text.startswith("# Training progress\n")
     assert text.count("`ckptcache progress`") == 1
     assert table(text, "run") == [
-        ["[a](#a)", "3", "120", "val loss 1.3158 at iteration 120", "1", "2"],
-        ["[b](#b)", "1", "40", "val loss 2.7778 at iteration 40", "1", "0"],
+        ["[a](#a)", "3", "120", "val loss 1.3158 at iteration 120", "1", "3"],
+        ["[b](#b)", "1", "40", "val loss 2.7778 at iteration 40", "1", "1"],
     ]
     assert re.findall("^## (.*)$", text, re.MULTILINE) == ["a", "b"]
     assert text.endswith("\n")
