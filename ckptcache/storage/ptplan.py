@@ -8,7 +8,7 @@ then go from where they are into the file, without a checksum that nothing reads
 import queue
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
@@ -170,6 +170,27 @@ def write(file: fs.TempFile, plan: Plan) -> Written:
             digest.update(block)
             file.write(block)
     return Written(plan.size, digest.result)
+
+
+def write_image(file: fs.TempFile, image: memoryview, *, between_blocks: Callable[[], None] | None = None) -> Written:
+    """Write a finished file out of memory, unsynced, its room on the disk reserved first; digested as it goes by.
+
+    Args:
+        file: new and empty.
+        image: all of the file's bytes, as a plan lays them out; they must not change meanwhile.
+        between_blocks: called before each block; what it raises ends the writing.
+
+    Raises:
+        OSError: the system refused; a full disk does so before anything is written, where room can be reserved.
+    """
+    file.reserve(len(image))
+    with _Digest(alone=len(image) <= _BLOCK) as digest:
+        for start in range(0, len(image), _BLOCK):
+            if between_blocks is not None:
+                between_blocks()
+            digest.update(image[start : start + _BLOCK])
+            file.write(image[start : start + _BLOCK])
+    return Written(len(image), digest.result)
 
 
 def blocks(plan: Plan) -> Iterator[memoryview]:

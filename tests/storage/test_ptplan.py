@@ -1,5 +1,6 @@
 import errno
 import io
+import mmap
 import struct
 import threading
 import zipfile
@@ -76,8 +77,8 @@ def test_a_file_is_what_torch_writes_in_place_and_content_and_reads_back_alike(t
     data, theirs = path.read_bytes(), by_torch(tree)
     assert entries(data) == entries(theirs)
     assert measured == integrity.Written(len(data), f"blake3:{blake3(data).hexdigest()}")
-    for mmap in (False, True):
-        read = torch.load(path, weights_only=True, mmap=mmap)
+    for mapped in (False, True):
+        read = torch.load(path, weights_only=True, mmap=mapped)
         assert identical(read, torch.load(io.BytesIO(theirs), weights_only=True))
         assert sharing(read) == sharing(tree)
     content = ptfile.read(path, size=measured.size, digest=measured.digest)
@@ -208,3 +209,56 @@ def test_storages_are_told_apart_by_their_entries_names_and_not_by_their_order(m
     monkeypatch.setattr(ptplan, "_entry_name", lambda written: others[real(written)])
     placed = sorted(ptplan.plan(state).storages, key=lambda p: p.offset)
     assert [struct.unpack_from("<f", bytes(p.storage.tolist()))[0] for p in placed] == [2, 1, 0]
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def image_of(plan):
+    """The whole file in memory of its own, beginning at a page."""
+    image = mmap.mmap(-1, plan.size)
+    for at, piece in plan.between:
+        image[at : at + len(piece)] = piece
+    for placed in plan.storages:
+        data = torch.empty(0, dtype=torch.uint8).set_(placed.storage)
+        image[placed.offset : placed.offset + placed.length] = data.numpy().tobytes()
+    return memoryview(image)
+
+
+def image_written(path, image, **options):
+    temp = fs.TempFile(path, "w1")
+    measured = ptplan.write_image(temp, image, **options)
+    temp.sync()
+    temp.publish()
+    return measured
+
+
+@pytest.mark.parametrize("size", AROUND_A_BLOCK)
+def test_an_image_is_written_as_its_plan_would_be(tmp_path, size):
+    torch.manual_seed(size)
+    payload = {"long": torch.randint(0, 256, (size,), dtype=torch.uint8), "short": torch.ones(3)}
+    planned = written(tmp_path / "a.pt", payload)
+    assert image_written(tmp_path / "b.pt", image_of(ptplan.plan(payload))) == planned
+    data = (tmp_path / "b.pt").read_bytes()
+    assert data == (tmp_path / "a.pt").read_bytes()
+    assert f"blake3:{blake3(data).hexdigest()}" == planned.digest
+    for mapped in (False, True):
+        assert identical(torch.load(tmp_path / "b.pt", weights_only=True, mmap=mapped), payload)
+
+
+def test_the_writing_of_an_image_can_be_given_up_between_blocks(tmp_path):
+    image, calls, threads = memoryview(mmap.mmap(-1, 50 * MIB)), [], threading.active_count()
+
+    def enough():
+        calls.append(temp.path.stat().st_size)
+        if len(calls) == 3:
+            raise InterruptedError
+
+    temp = fs.TempFile(tmp_path / "a.pt", "w1")
+    with pytest.raises(InterruptedError):
+        ptplan.write_image(temp, image, between_blocks=enough)
+    assert calls[0] == 0
+    assert 0 < calls[1] < calls[2] < len(image)
+    temp.discard()
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
