@@ -26,8 +26,9 @@ from ckptcache.values import jsonable, texts
 from ckptcache.values import text as as_text
 
 if TYPE_CHECKING:
+    from ckptcache.drafting import Draft
     from ckptcache.restoring import Restored
-    from ckptcache.saving import Draft, Saver
+    from ckptcache.saving import Saver
 
 log = logging.getLogger("ckptcache")
 
@@ -152,17 +153,37 @@ class TrainingCache:
         described = {"tags": tags, "notes": notes, "extra": jsonable(dict(extra or {}), "extra")}
         described |= {"save_reason": save_reason, "parents": parents}
         saver, self.last_evicted = self._background(), {}
-        draft = saver.draft(state, measured, configs, described, session)
+        draft = self._draft(state, measured, configs, described, session)
         if if_improved:
-            saver.wait()
+            saver.in_flight.wait()
             if not self._improves(draft):
                 return None
-        return saver.write(draft) if blocking else saver.write_later(draft)
+        return saver.write(draft) if blocking else saver.write_later(draft, state)
 
     def wait_until_finished(self) -> None:
         """Wait for a save in the background; raises the error that one ended with."""
         if self._saver is not None:
-            self._saver.wait()
+            self._saver.in_flight.wait()
+
+    def staged(self) -> None:
+        """Wait until parameters and optimizer state may be changed outside of an optimizer's step.
+
+        A save in the background may still be copying them; its file is written afterwards all the same.
+        """
+        if self._saver is not None:
+            self._saver.in_flight.settle()
+
+    def _draft(
+        self,
+        state: Mapping[str, Any],
+        measured: Mapping[str, Any],
+        configs: Mapping[str, Any],
+        described: Mapping[str, Any],
+        session: SessionRecord | None,
+    ) -> "Draft":
+        from ckptcache.drafting import describe
+
+        return describe(state, measured, configs, described, session, self.config.critical_params)
 
     def _background(self) -> "Saver":
         if self._saver is None:
@@ -177,7 +198,7 @@ class TrainingCache:
         self.last_evicted = evicted
 
     def _improves(self, draft: "Draft") -> bool:
-        from ckptcache.saving import improves
+        from ckptcache.drafting import improves
 
         return improves(self.ledger.view(), draft)
 

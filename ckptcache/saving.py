@@ -2,49 +2,28 @@
 
 import dataclasses
 import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import orjson
-import torch
-
+from ckptcache.background import InFlight
 from ckptcache.catalog import Catalog
-from ckptcache.environment import environment
-from ckptcache.errors import CkptCacheError, InvalidValue, NoSpace, NotSavable, SaveFailed
+from ckptcache.drafting import Draft, bytes_needed, embedded, with_new_id
+from ckptcache.errors import CkptCacheError, NoSpace, SaveFailed
 from ckptcache.ledger import Change, Ledger
-from ckptcache.metadata import CheckpointMetadata, SaveReason, SessionRecord, check_id, new_checkpoint_id, utc_now
-from ckptcache.policy import quality, retention
-from ckptcache.policy.compatibility import Description, architecture_key
-from ckptcache.state.capture import Captured, capture, walk
-from ckptcache.state.restore import RNG
-from ckptcache.state.rng import is_rng_state
-from ckptcache.state.staging import snapshot
+from ckptcache.metadata import CheckpointMetadata
+from ckptcache.policy import retention
+from ckptcache.state.arena import Arena
+from ckptcache.state.staging import Staging, TakenAgain
 from ckptcache.storage import fs, ptfile
 from ckptcache.storage.index import Index
+from ckptcache.storage.integrity import Written
 from ckptcache.storage.publish import Publication
-from ckptcache.storage.reconcile import Observed, sidecar_bytes
-from ckptcache.values import as_float, plain_config, text, texts
+from ckptcache.storage.reconcile import sidecar_bytes
 
 log = logging.getLogger("ckptcache")
-_OVERHEAD = 1 << 20
-"""Bytes that a file takes beyond its tensors, generously."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A checkpoint that is captured and described, and not yet written."""
-
-    state: Mapping[str, Any]
-    record: CheckpointMetadata
-    piece: Index
-    """The configurations and the fingerprint that the record names."""
-    session: SessionRecord | None = None
-    architecture: str = ""
-    """What stands for the model in the id."""
 
 
 class Saver:
@@ -53,85 +32,39 @@ class Saver:
     def __init__(self, ledger: Ledger, *, on_evicted: Callable[[Mapping[str, str]], None]) -> None:
         self._ledger = ledger
         self._on_evicted = on_evicted
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    # --- describing ------------------------------------------------------------------------------
-
-    def draft(
-        self,
-        state: Mapping[str, Any],
-        measured: Mapping[str, Any],
-        configs: Mapping[str, Any],
-        described: Mapping[str, Any],
-        session: SessionRecord | None,
-    ) -> Draft:
-        """Capture and describe; raises NotSavable or InvalidValue before anything is written."""
-        if isinstance(state, Mapping) and ptfile.HEADER in state:
-            raise NotSavable(key=ptfile.HEADER, kind="named like the file's own header", remedy="give it another name")
-        if isinstance(state, Mapping) and RNG in state and not is_rng_state(state[RNG]):
-            kind = "named like the part for the global generators"
-            raise NotSavable(key=RNG, kind=kind, remedy="give it another name, or save what capture_rng() gives")
-        captured = capture(state)
-        piece = Index()
-        names: dict[str, Any] = {
-            name: piece.store_config(None if value is None else _config(value, name)) for name, value in configs.items()
-        }
-        names["fingerprint"] = piece.store_fingerprint(captured.fingerprint)
-        key = architecture_key(
-            Description(captured.fingerprint, piece.configs.get(names["model_config"] or "")),
-            self._ledger.config.critical_params,
-        )
-        numbers = _measured(measured, captured)
-        record = CheckpointMetadata(
-            id=new_checkpoint_id(numbers["iteration"], key),
-            created_at=utc_now(),
-            session=None if session is None else session.id,
-            contents=captured.contents,
-            environment=environment(),
-            **names,
-            **numbers,
-            **_described(described),
-        )
-        return Draft(captured.state, record, piece, session, key)
+        self._arena = Arena()
+        self.in_flight = InFlight()
 
     # --- writing ---------------------------------------------------------------------------------
 
     def write(self, draft: Draft) -> CheckpointMetadata:
         """Write a checkpoint and commit it; raises SaveFailed or NoSpace, with everything as it was before."""
-        self.wait()
-        return self._write(*self._reserve(draft))
+        self.in_flight.wait()
+        draft, publication = self._reserve(draft)
+        return self._write(draft, publication, partial(_fill, draft, publication))
 
-    def write_later(self, draft: Draft) -> CheckpointMetadata:
-        """Copy the state and write it in a thread; the record has neither size nor digest yet."""
-        self.wait()
+    def write_later(self, draft: Draft, objects: Mapping[str, Any]) -> CheckpointMetadata:
+        """Copy the state of `objects` out of their way and write it in a thread; the record has no size or digest yet.
+
+        Parameters are still read after this returns, and until the next optimizer's step: see `Staging`.
+        """
+        self.in_flight.wait()
         draft, publication = self._reserve(draft)
         try:
-            staged = dataclasses.replace(draft, state=snapshot(draft.state))
+            staging = Staging(draft.state, objects)
         except BaseException:
             _withdraw(publication)
             raise
-        # Not a daemon: the interpreter waits for it at exit, so that no half file is left behind.
-        self._thread = threading.Thread(target=self._write_quietly, args=(staged, publication), name="ckptcache-save")
-        self._thread.start()
-        return draft.record
-
-    def wait(self) -> None:
-        """Wait for the save in flight, and raise what it failed with."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _write_quietly(self, draft: Draft, publication: Publication) -> None:
+        draft = dataclasses.replace(draft, state=staging.state)
+        fill = partial(self._fill_staged, draft, publication, staging)
         try:
-            self._write(draft, publication)
-        except BaseException as error:
-            # Said at once as well: a process may end before anybody asks.
-            log.error("a save in the background failed: %s", error)
-            self._error = error
+            self.in_flight.start(partial(self._write, draft, publication, fill), staging)
+        except RuntimeError:  # no more threads: the interpreter is ending, or the system's limit is reached
+            staging.end()
+            return self._write(draft, publication, partial(_fill, draft, publication))
+        if staging.must_settle_at_once:
+            staging.settle()
+        return draft.record
 
     def _reserve(self, draft: Draft) -> tuple[Draft, Publication]:
         """Create the file, under an id that no other writer has: in one second, many processes may reach one iteration.
@@ -153,12 +86,11 @@ class Saver:
                     _withdraw(publication)
                     raise
                 publication.withdraw()
-            record = dataclasses.replace(draft.record, id=new_checkpoint_id(draft.record.iteration, draft.architecture))
-            draft = dataclasses.replace(draft, record=record)
+            draft = with_new_id(draft)
 
     def _make_room(self, draft: Draft) -> None:
         """Where the disk is full, give up what is beyond the limits already; never the best or the latest for it."""
-        needed, folder = _bytes_needed(draft), self._ledger.layout.checkpoints
+        needed, folder = bytes_needed(draft), self._ledger.layout.checkpoints
         if needed > fs.free_bytes(folder) and self._ledger.config.auto_cleanup and folder.exists():
             with self._ledger.change() as change:
                 catalog = change.catalog()
@@ -167,12 +99,37 @@ class Saver:
         if needed > (free := fs.free_bytes(folder)):
             raise NoSpace(id=draft.record.id, path=folder, needed=needed, free=free)
 
-    def _write(self, draft: Draft, publication: Publication) -> CheckpointMetadata:
+    def _fill_staged(self, draft: Draft, publication: Publication, staging: Staging) -> Written:
+        try:
+            written = self._fill_from_copy(draft, publication, staging)
+            publication.file.sync()
+            staging.confirm()
+        except TakenAgain:
+            publication.begin_again()
+            with staging.held_still():
+                return _fill(draft, publication)
+        return written
+
+    def _fill_from_copy(self, draft: Draft, publication: Publication, staging: Staging) -> Written:
+        """Write what was copied; where there is no memory for a copy, or no plan, what is live, before it changes."""
+        planned = None if staging.is_settled else _planned(draft)
+        image = None if planned is None else self._arena.take(planned.size)
+        if planned is None or image is None:
+            written = ptfile.write(publication.file, draft.state, embedded(draft))
+            staging.copied_elsewhere()
+            return written
+        try:
+            staging.copy_into(image, planned.between, planned.storages)
+            return ptfile.write_image(publication.file, image, between_blocks=staging.check)
+        finally:
+            self._arena.give_back()
+
+    def _write(self, draft: Draft, publication: Publication, fill: Callable[[], Written]) -> CheckpointMetadata:
+        """Write the file by `fill`, which leaves it synced, and commit it."""
         id, layout = draft.record.id, self._ledger.layout
         try:
             with _as_save_failed(id, layout.checkpoints):
-                written = ptfile.write(publication.file, draft.state, _embedded(draft))
-                publication.file.sync()
+                written = fill()
             record = dataclasses.replace(draft.record, size=written.size, digest=written.digest)
             with self._ledger.change() as change:
                 with _as_save_failed(id, layout.checkpoints):
@@ -246,96 +203,19 @@ class Saver:
 # --- pieces --------------------------------------------------------------------------------------
 
 
-def improves(catalog: Catalog, draft: Draft) -> bool:
-    """Whether the quality of a draft is better than the best available of its group by the threshold, or the first."""
-    record, piece, index = draft.record, draft.piece, catalog.index.copy()
-    index.checkpoints[record.id] = record
-    index.configs |= piece.configs
-    index.fingerprints |= piece.fingerprints
-    observed = Observed(available={**catalog.observed.available, record.id: 0})
-    after = Catalog(catalog.root, index, observed, catalog.config)
-    best = after.best_of(after.group(record), without=record.id)
-    best_quality = None if best is None else after.scores[best.id].quality
-    if after.scores[record.id].status == "diverged":
-        return False
-    return quality.improves(after.scores[record.id].quality, best_quality, catalog.config.min_improvement_threshold)
+def _fill(draft: Draft, publication: Publication) -> Written:
+    """Write the state from where it is, and sync it."""
+    written = ptfile.write(publication.file, draft.state, embedded(draft))
+    publication.file.sync()
+    return written
 
 
-def _measured(given: Mapping[str, Any], captured: Captured) -> dict[str, Any]:
-    numbers = {
-        name: None if given[name] is None else as_float(given[name], name)
-        for name in ("epoch", "train_loss", "val_loss", "last_val_loss")
-    }
-    return {
-        **numbers,
-        "iteration": _iteration(given["iteration"]),
-        "last_val_loss_iteration": None
-        if given["last_val_loss_iteration"] is None
-        else _iteration(given["last_val_loss_iteration"], "last_val_loss_iteration"),
-        "metrics": {
-            text(str(name), "a name in metrics"): as_float(value, f"metrics.{name}")
-            for name, value in given["metrics"].items()
-        },
-        "learning_rate": _rates(given["learning_rate"]) or captured.learning_rate,
-    }
-
-
-def _iteration(value: Any, name: str = "iteration") -> int:
+def _planned(draft: Draft) -> ptfile.Plan | None:
+    """Where everything will stand; None for what only torch itself can write."""
     try:
-        number = int(value)
-        is_whole = number == value and not isinstance(value, bool) and 0 <= number < 2**53
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        is_whole = False
-    if not is_whole:
-        raise InvalidValue(name=name, value=value, reason="it must be a whole number of at least 0")
-    return number
-
-
-def _config(value: Any, name: str) -> Mapping[str, Any]:
-    plain = plain_config(value, name)
-    if not isinstance(plain, dict):
-        raise InvalidValue(name=name, value=value, reason="it must be a mapping, a dataclass or a namespace")
-    return plain
-
-
-def _described(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The words of a record; anything but text would make an index that can't be read again."""
-    return {
-        **given,
-        "tags": texts(given["tags"], "tags"),
-        "parents": tuple(check_id(parent) for parent in texts(given["parents"], "parents")),
-        "notes": text(given["notes"], "notes"),
-        "save_reason": _reason(given["save_reason"]),
-    }
-
-
-def _reason(given: Any) -> str:
-    known = get_args(SaveReason)
-    if given not in known:
-        raise InvalidValue(name="save_reason", value=given, reason=f"it must be one of {', '.join(known)}")
-    return str(given)
-
-
-def _rates(given: float | Iterable[float] | None) -> tuple[float, ...]:
-    if given is None:
-        return ()
-    rates = given if isinstance(given, Iterable) else (given,)
-    return tuple(as_float(rate, "learning_rate") for rate in rates)
-
-
-def _embedded(draft: Draft) -> dict[str, Any]:
-    """What stands inside the file: a sidecar without size and digest, which nobody knows before it is written."""
-    document: dict[str, Any] = orjson.loads(sidecar_bytes(draft.record, draft.piece))
-    return document
-
-
-def _bytes_needed(draft: Draft) -> int:
-    storages = {
-        (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
-        for _, t in walk(draft.state)
-        if isinstance(t, torch.Tensor) and t.layout is torch.strided
-    }
-    return sum(storages.values()) + _OVERHEAD
+        return ptfile.plan(draft.state, embedded(draft))
+    except ptfile.Unplannable:
+        return None
 
 
 @contextmanager

@@ -16,7 +16,10 @@ Tree = Mapping[str, str]
 FLOORS = {
     1: ("errors", "values", "config", "metadata", "environment", "words"),
     2: ("storage", "policy", "state", "history"),
-    3: ("catalog", "resume", "ledger", "adoption", "saving", "restoring", "checkup", "transfer", "cache"),
+    3: (
+        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
+        *("checkup", "transfer", "cache"),
+    ),
     4: (
         *("curves", "tally", "signals", "startup", "session", "trainer", "display"),
         *("workflow", "distributed", "mirror", "report", "progress"),
@@ -27,7 +30,10 @@ FLOORS = {
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 STAIRS = (
     ("errors", "values", "config", "metadata"),
-    ("catalog", "resume", "ledger", "adoption", "saving", "restoring", "checkup", "transfer", "cache"),
+    (
+        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
+        *("checkup", "transfer", "cache"),
+    ),
     ("curves", "tally", "signals", "startup", "session", "trainer", "display", "workflow"),
 )
 """Within a floor, these stand one above the other."""

@@ -603,7 +603,7 @@ def test_two_objects_on_one_folder_see_each_others_saves(tmp_path):
 def test_two_saves_that_draw_the_same_id_are_two_checkpoints(tmp_path, monkeypatch):
     drawn = iter(["aaaa", "aaaa", "bbbb"])
     monkeypatch.setattr("ckptcache.metadata.secrets.token_hex", lambda n: next(drawn) if n == 2 else "0" * 2 * n)
-    monkeypatch.setattr("ckptcache.saving.new_checkpoint_id", fixed_id)
+    monkeypatch.setattr("ckptcache.drafting.new_checkpoint_id", fixed_id)
     cache = TrainingCache(tmp_path / "c")
     first, second = save(cache, 1.0), save(cache, 2.0)
     assert first.id != second.id

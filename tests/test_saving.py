@@ -238,7 +238,7 @@ def failed_in_the_background(cache: TrainingCache) -> None:
     cache.ledger.hold(cache.ledger.writer)  # signing the lease makes an fsync of its own
     with swapped(FailingSystem(0, errno.ENOSPC, "fsync")):
         cache.save(tiny(), iteration=1, val_loss=1.0, blocking=False)
-        cache._saver._thread.join()
+        cache._saver.in_flight._thread.join()
 
 
 def test_an_error_in_the_background_is_said_at_once_and_raised_by_the_next_call(cache, caplog):

@@ -1,29 +1,380 @@
-"""Copying state out of the training loop's way, so that it can go on while the file is written."""
+"""Copying state out of the training loop's way, so that the loop goes on while the file is written.
 
-from typing import Any
+What a forward pass may change is copied at the call. Parameters, and an optimizer's own tensors, change when the
+optimizer steps: they are copied by another thread, and a hook before every optimizer's step waits for the rest of
+it. Whoever changes them elsewhere waits by `Staging.settle` first. Whoever forgets to is found out by the version
+that torch counts in every tensor; then the state is read again, while the loop stands still.
 
+A write through `.data`, or through memory that torch doesn't know of, counts no version and escapes that.
+"""
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
 import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ckptcache.state.capture import walk
+
+log = logging.getLogger("ckptcache")
+AT_ONCE = 16 << 20
+"""Bytes that are copied at the call without a second thought: a few milliseconds."""
+_PIECE = 8 << 20
+"""Bytes that a thread copies at once, so that two can share the work."""
+_LOOK_SECONDS = 0.05
 
 
-def snapshot(state: Any, memo: dict[tuple[Any, ...], torch.Tensor] | None = None) -> Any:
-    """A copy of a captured tree on the CPU that shares nothing with the live objects.
+class Placed(Protocol):
+    """A storage, and where its bytes stand in the image of the file."""
 
-    Tensors that are one and the same in the tree (tied weights) stay one in the copy.
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def storage(self) -> torch.UntypedStorage: ...
+
+
+class TakenAgain(Exception):
+    """The live tensors were changed while they were copied; what was copied is of no use."""
+
+
+class Staging:
+    """One captured state on its way out of live tensors.
+
+    The thread that saves makes it; another thread lays it out, copies it, and confirms that what it copied is good;
+    before anything changes the live tensors, `settle` is called in the thread that would.
+
+    Args:
+        state: a tree as `capture` gives it, sharing memory with the live objects.
+        objects: the live objects; their optimizers tell which tensors may be copied later.
     """
-    seen = memo if memo is not None else {}
-    if isinstance(state, torch.Tensor):
-        return _copied(state, seen)
-    if isinstance(state, dict):
-        return type(state)((key, snapshot(value, seen)) for key, value in state.items())
-    if type(state) in (list, tuple):
-        return type(state)(snapshot(value, seen) for value in state)
-    return state
+
+    def __init__(self, state: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
+        storages = _storages(state)
+        later = changed_by_steps_only(objects)
+        now = {key: storage for key, storage in storages.items() if key not in later}
+        if _total(storages.values()) <= AT_ONCE:
+            now = storages
+        self.must_settle_at_once = _total(now.values()) > AT_ONCE
+        """Whether too much of it is anybody's to change: then the copy has to be complete when the call returns."""
+        copies = {} if self.must_settle_at_once else {key: _clone(storage) for key, storage in now.items()}
+        self.state = _moved(state, copies)
+        """The same tree; what was copied at once shares nothing with the live objects any more."""
+        live = [tensor for tensor in _tensors(state) if _is_dense(tensor) and _key(tensor) not in copies]
+        self._live = [(tensor, _version(tensor)) for tensor in live]
+        self._streams = _side_streams(storage for key, storage in storages.items() if key not in copies)
+        self._caller = threading.current_thread()
+        self._work = _Work()
+        self._lock = threading.Lock()
+        self._is_settled = not self._live
+        self._must_repeat = False
+        self._planned, self._copied = threading.Event(), threading.Event()
+        self._held, self._repeated = threading.Event(), threading.Event()
+        if not self._is_settled:
+            _unsettled.add(self)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing of the live tensors is needed any more."""
+        return self._is_settled
+
+    # --- in the thread that changes tensors ------------------------------------------------------
+
+    def settle(self) -> None:
+        """Wait until the live tensors may be changed, lending a hand with what is left to copy.
+
+        Where they were changed already, what was copied is taken again, all of it, before this returns.
+        """
+        if self._is_settled:
+            if self._must_repeat:
+                self._repeated.wait()
+            return
+        self._planned.wait()
+        with _beside(self._streams):
+            self._work.join_in()
+        self._copied.wait()
+        with self._lock:
+            self._must_repeat = not self._is_settled and self._has_changed()
+            self._is_settled = True
+        _unsettled.discard(self)
+        if self._must_repeat:
+            log.warning(
+                "parameters were changed outside of an optimizer's step while they were saved, and are read again: "
+                "call session.staged() before such a change"
+            )
+            self._held.set()
+            self._repeated.wait()
+
+    # --- in the thread that saves ----------------------------------------------------------------
+
+    def copy_into(self, image: memoryview, between: Iterable[tuple[int, bytes]], placed: Iterable[Placed]) -> None:
+        """Fill the image of a file: `between` by offset, and each of `placed` in its place.
+
+        Raises RuntimeError where a storage was resized since it was laid out.
+        """
+        target = np.frombuffer(image, dtype=np.uint8)
+        for offset, content in between:
+            target[offset : offset + len(content)] = np.frombuffer(content, dtype=np.uint8)
+        self._work.share(_pieces(target, placed))
+        self._planned.set()
+        with _beside(self._streams):
+            self._work.join_in()
+        self._work.wait()
+        self._copied.set()
+
+    def copied_elsewhere(self) -> None:
+        """All has been read from where it is, as where there is no memory to copy it to."""
+        self._planned.set()
+        self._copied.set()
+
+    def check(self) -> None:
+        """Raises TakenAgain as soon as it is known that what was copied is of no use."""
+        if self._must_repeat:
+            raise TakenAgain
+
+    def confirm(self) -> None:
+        """Decide that what was copied is what was there at the call; raises TakenAgain if it isn't."""
+        with self._lock:
+            is_good = self._is_settled or not self._has_changed()
+            self._is_settled = self._is_settled or is_good
+        self.check()
+        if not is_good:
+            raise TakenAgain
+        _unsettled.discard(self)
+
+    @contextmanager
+    def held_still(self) -> Iterator[None]:
+        """After TakenAgain: wait until the thread that changes tensors stands still, or is no more; then let it go."""
+        while not self._held.wait(_LOOK_SECONDS):
+            if not self._caller.is_alive():
+                break
+        for stream in self._streams:
+            torch.cuda.synchronize(stream.device)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Nothing is read any more, whatever came of it; nobody may wait for it from here on."""
+        self._is_settled = True
+        _unsettled.discard(self)
+        for event in (self._planned, self._copied, self._repeated):
+            event.set()
+
+    def _has_changed(self) -> bool:
+        return any(_version(tensor) != version for tensor, version in self._live)
 
 
-def _copied(tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:
-    if tensor.layout is not torch.strided:
-        return tensor.to("cpu", copy=True)
-    key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-    if key not in seen or tensor.numel() == 0:
-        seen[key] = tensor.to("cpu", copy=True)
-    return seen[key]
+# --- before every step ---------------------------------------------------------------------------
+
+_unsettled: set[Staging] = set()
+
+
+def _before_step(*_: object) -> None:
+    for staging in tuple(_unsettled):
+        staging.settle()
+
+
+# Of every optimizer: which of them changes what is being copied, nobody has to say. It stays for good, since a hook
+# that goes while another thread runs through them would make that thread's step fail.
+register_optimizer_step_pre_hook(_before_step)
+
+
+# In a forked child nobody copies: its optimizers have nothing to wait for.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unsettled.clear)
+
+
+# --- which tensors change when -------------------------------------------------------------------
+
+
+def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
+    """The storages that nothing but an optimizer's step is expected to change.
+
+    Those are what the optimizers among `objects` step, their own tensors, and the frozen parameters of a module that
+    one of them trains; nothing that is a module's buffer, which a forward pass may write.
+    """
+    found = [value for _, value in walk(objects)]
+    optimizers = [value for value in found if isinstance(value, Optimizer)]
+    modules = [value for value in found if isinstance(value, nn.Module)]
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    kept = [t for optimizer in optimizers for state in optimizer.state.values() for t in _tensors(state)]
+    ids = {id(parameter) for parameter in trained}
+    beside = [p for module in modules for p in _parameters_beside(module, ids)]
+    buffers = {_key(buffer) for module in modules for buffer in module.buffers() if _is_dense(buffer)}
+    return {_key(t) for t in (*trained, *kept, *beside) if _is_dense(t) and not t.is_inference()} - buffers
+
+
+def _parameters_beside(module: nn.Module, trained: set[int]) -> list[nn.Parameter]:
+    parameters = list(module.parameters())
+    return parameters if any(id(parameter) in trained for parameter in parameters) else []
+
+
+def is_stageable(state: Mapping[str, Any]) -> bool:
+    """Whether every tensor is of a kind whose bytes can be laid out before they are read; quantised ones are not."""
+    return not any(tensor.is_quantized or tensor.is_nested for tensor in _tensors(state))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def _key(tensor: torch.Tensor) -> int:
+    """What tells a storage from every other, however many tensors share it; 0 for a tensor that has none."""
+    return tensor.untyped_storage()._cdata if _is_dense(tensor) else 0
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (value for _, value in walk(tree) if isinstance(value, torch.Tensor))
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    return {_key(tensor): tensor.untyped_storage() for tensor in _tensors(tree) if _is_dense(tensor)}
+
+
+def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    copy: torch.UntypedStorage = storage.clone()  # type: ignore[no-untyped-call]
+    return copy
+
+
+def _total(storages: Iterable[torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages)
+
+
+# --- copying at once -----------------------------------------------------------------------------
+
+
+def _moved(tree: Any, copies: Mapping[int, torch.UntypedStorage]) -> Any:
+    """The tree with each tensor of a copied storage on the copy; views and tied tensors stay what they are."""
+    if isinstance(tree, torch.Tensor):
+        return _on_copy(tree, copies)
+    if isinstance(tree, dict):
+        return type(tree)((name, _moved(value, copies)) for name, value in tree.items())
+    if type(tree) in (list, tuple):
+        return type(tree)(_moved(value, copies) for value in tree)
+    return tree
+
+
+def _on_copy(tensor: torch.Tensor, copies: Mapping[int, torch.UntypedStorage]) -> torch.Tensor:
+    if not _is_dense(tensor):
+        return tensor.clone()
+    copy = copies.get(_key(tensor))
+    if copy is None:
+        return tensor
+    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    made.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+    made = made.conj() if tensor.is_conj() else made
+    return torch._neg_view(made) if tensor.is_neg() else made
+
+
+# --- copying in pieces ---------------------------------------------------------------------------
+
+Piece = Callable[[], object]
+
+
+class _Work:
+    """Pieces of work that any thread may take; whoever waits for the rest of them helps."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[Piece] = deque()
+        self._left = 0
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+
+    def share(self, pieces: Iterable[Piece]) -> None:
+        self._pieces.extend(pieces)
+        self._left = len(self._pieces)
+        if not self._left:
+            self._done.set()
+
+    def join_in(self) -> None:
+        while self._pieces:
+            try:
+                piece = self._pieces.popleft()
+            except IndexError:
+                return
+            self._do(piece)
+
+    def _do(self, piece: Piece) -> None:
+        try:
+            piece()
+        except BaseException as error:
+            self._error = error
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._done.set()
+
+    def wait(self) -> None:
+        """Wait for the pieces that others took; raises what one of them failed with."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+
+def _pieces(target: "np.ndarray[Any, np.dtype[np.uint8]]", placed: Iterable[Placed]) -> Iterator[Piece]:
+    """Copies of about equal size: large storages in parts, small ones together."""
+    gathered: list[Piece] = []
+    size = 0
+    for each in placed:
+        if each.storage.nbytes() != each.length:
+            raise RuntimeError(f"a tensor was resized while it was saved, from {each.length} bytes")
+        source = torch.empty(0, dtype=torch.uint8, device=each.storage.device).set_(each.storage)
+        for start in range(0, each.length, _PIECE):
+            end = min(start + _PIECE, each.length)
+            gathered.append(_copy(target[each.offset + start : each.offset + end], source[start:end]))
+            size += end - start
+            if size >= _PIECE:
+                yield _all(gathered)
+                gathered, size = [], 0
+    if gathered:
+        yield _all(gathered)
+
+
+def _copy(target: "np.ndarray[Any, np.dtype[np.uint8]]", source: torch.Tensor) -> Piece:
+    if source.device.type == "cpu":
+        # Half the processor time of torch's own copy of bytes, and without the interpreter's lock as well.
+        return lambda: np.copyto(target, source.numpy())
+    return lambda: torch.from_numpy(target).copy_(source, non_blocking=True)
+
+
+def _all(pieces: list[Piece]) -> Piece:
+    return lambda: [piece() for piece in pieces]
+
+
+# --- accelerators --------------------------------------------------------------------------------
+
+
+def _side_streams(storages: Iterable[torch.UntypedStorage]) -> list["torch.cuda.Stream"]:
+    """For each CUDA device a stream beside the training's, that begins where the training's is at this moment."""
+    devices = {storage.device for storage in storages if storage.device.type == "cuda"}
+    streams = [torch.cuda.Stream(device) for device in devices]  # type: ignore[no-untyped-call]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    return streams
+
+
+@contextmanager
+def _beside(streams: list["torch.cuda.Stream"]) -> Iterator[None]:
+    """Do what is done inside on the side streams, and wait for it at the end."""
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
+    for stream in streams:
+        stream.synchronize()

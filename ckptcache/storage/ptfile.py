@@ -5,7 +5,7 @@ level under their own names, and `HEADER` holds the format and the record.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +17,8 @@ from blake3 import blake3
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint, UnsafeCheckpoint
 from ckptcache.storage import audit, fs, ptplan
 from ckptcache.storage.integrity import Written, opened, verify_open
-from ckptcache.storage.ptplan import Plan, Unplannable
+from ckptcache.storage.ptplan import Plan as Plan
+from ckptcache.storage.ptplan import Unplannable as Unplannable
 
 HEADER = "ckptcache"
 """The key of the file's own header beside the parts of the state."""
@@ -74,6 +75,19 @@ def write(file: fs.TempFile, state: Mapping[str, Any], record: Mapping[str, Any]
         OSError: the system refused a write; a full disk is one.
     """
     return _write(file, _payload(state, record))
+
+
+def write_image(file: fs.TempFile, image: memoryview, *, between_blocks: Callable[[], None]) -> Written:
+    """Write a planned file that somebody has filled in page-aligned memory, unsynced.
+
+    Args:
+        image: all of the file's bytes.
+        between_blocks: called now and then; what it raises ends the write.
+
+    Raises:
+        OSError: the system refused a write; a full disk is one.
+    """
+    return ptplan.write_image(file, image, between_blocks=between_blocks)
 
 
 def write_plain(file: fs.TempFile, state: Mapping[str, Any]) -> Written:

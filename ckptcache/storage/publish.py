@@ -32,6 +32,11 @@ class Publication:
         self.file.publish()
         fs.sync_folder(self._layout.checkpoints)
 
+    def begin_again(self) -> None:
+        """Throw away what was written of the file, and write it anew."""
+        self.file.discard()
+        self.file = self._temps[0] = fs.TempFile(self._layout.checkpoint(self._id), self._writer)
+
     def keep(self) -> None:
         """Leave what was published as it is, whatever comes."""
         self._published = False

@@ -1,0 +1,125 @@
+"""Memory to stage saves in: taken once, used again for each, given back after a while without any."""
+
+import contextlib
+import mmap
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+IDLE_SECONDS = 300.0
+"""How long memory is kept for the next save: fresh pages for 1.5 GB cost more than copying as much into used ones."""
+_MARGIN = 64 << 20
+"""Bytes that are left to the rest of the program."""
+_HUGE_PAGE = 2 << 20
+_WIPE_ON_FORK = 18
+"""MADV_WIPEONFORK (Linux 4.14), which Python has no name for."""
+
+
+class Arena:
+    """Page-aligned memory of one process, for one save at a time.
+
+    A forked child sees zeros in its place and shares nothing of it: a data loader's worker would otherwise
+    keep the pages of the save before, and have the next one copy each page that it writes.
+    """
+
+    def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._idle_seconds = idle_seconds
+        self._memory: mmap.mmap | None = None
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def take(self, size: int) -> memoryview | None:
+        """`size` bytes, whatever they hold; None where memory doesn't suffice for them beside everything else."""
+        with self._lock:
+            self._stop_timer()
+            if self._memory is None or len(self._memory) < size:
+                self._memory = None  # the old goes before the new comes
+                self._memory = _allocate(size)
+            return None if self._memory is None else memoryview(self._memory)[:size]
+
+    def give_back(self) -> None:
+        """The save is over; unless another one comes, the memory goes after a while."""
+        with self._lock:
+            self._stop_timer()
+            if self._memory is not None:
+                # Weakly, or it would keep the memory of a cache that nobody holds any more.
+                self._timer = threading.Timer(self._idle_seconds, _release, [weakref.ref(self)])
+                self._timer.daemon = True
+                self._timer.start()
+
+    def release(self) -> None:
+        """Give the memory back to the system now; whoever still holds a view of it keeps it until then."""
+        with self._lock:
+            self._stop_timer()
+            self._memory = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        return 0 if self._memory is None else len(self._memory)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _release(arena: "weakref.ref[Arena]") -> None:
+    held = arena()
+    if held is not None:
+        held.release()
+
+
+def _allocate(size: int) -> mmap.mmap | None:
+    rounded = -(-size // _HUGE_PAGE) * _HUGE_PAGE
+    free = available_bytes()
+    if free is not None and rounded + _MARGIN > free:
+        return None
+    try:
+        memory = _anonymous(rounded)
+    except (OSError, MemoryError):
+        return None
+    # Advice, which a system may not know.
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), getattr(mmap, "MADV_DONTDUMP", None), _wipe_on_fork()):
+        if advice is not None:
+            with contextlib.suppress(OSError):
+                memory.madvise(advice)
+    return memory
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    # Private: shared memory, mmap's default, would count against /dev/shm's rules for huge pages.
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _wipe_on_fork() -> int | None:
+    return _WIPE_ON_FORK if sys.platform == "linux" else None
+
+
+def available_bytes() -> int | None:
+    """Bytes that this process could still take without swapping or being killed; None where the system doesn't tell."""
+    found = [bytes for bytes in (_of_machine(), _of_container()) if bytes is not None]
+    return min(found, default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _of_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves (cgroup v2): what was read of files and isn't in use can go."""
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        files = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    idle = next((int(line.split()[1]) for line in files if line.startswith("inactive_file ")), 0)
+    return None if limit == "max" else max(0, int(limit) - used + idle)
