@@ -4,61 +4,80 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ckptcache.state.staging import Staging
 
 log = logging.getLogger("ckptcache")
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    thread: threading.Thread
+    staging: Staging
+
+
 class InFlight:
-    """At most one save at a time, in a thread of its own; what it fails with is raised by whoever waits.
+    """At most one save at a time, in a thread of its own; what it fails with is kept for its owner.
 
     In a forked child nothing is in flight: the thread, and what it writes, are the parent's.
     """
 
     def __init__(self) -> None:
-        self._owner = os.getpid()
-        self._thread: threading.Thread | None = None
-        self._staging: Staging | None = None
-        self._error: BaseException | None = None
+        self._begin()
 
-    def start(self, write: Callable[[], object], staging: Staging) -> None:
-        """Run `write` in a thread; RuntimeError where the system has none to give.
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._turn = threading.Lock()
+        self._flight: _Flight | None = None
+        self._errors: dict[str | None, BaseException] = {}
+
+    def start(self, write: Callable[[], object], staging: Staging, owner: str | None) -> bool:
+        """Run `write` in a thread, unless there is another in flight already; returns whether it was started.
 
         Not a daemon: the interpreter waits for it at exit, so that no half file is left behind.
+
+        Raises:
+            RuntimeError: the system has no thread to give.
         """
-        self._forget_parent()
-        thread = threading.Thread(target=self._run, args=(write, staging), name="ckptcache-save")
-        thread.start()
-        self._thread, self._staging = thread, staging
+        self._notice_fork()
+        with self._turn:
+            if self._flight is not None and self._flight.thread.is_alive():
+                return False
+            thread = threading.Thread(target=self._run, args=(write, staging, owner), name="ckptcache-save")
+            thread.start()
+            self._flight = _Flight(thread, staging)
+        return True
 
     def settle(self) -> None:
-        """Wait until the live tensors may be changed; the file may still be on its way."""
-        self._forget_parent()
-        if self._staging is not None:
-            self._staging.settle()
+        """Wait until the tensors that this thread saves may be changed; the file may still be on its way."""
+        self._notice_fork()
+        flight = self._flight
+        if flight is not None and flight.staging.caller is threading.current_thread():
+            flight.staging.settle()
 
     def wait(self) -> None:
-        """Wait for the save in flight, and raise what it failed with."""
+        """Wait for the save in flight, whoever's it is; what is called within it has nothing to wait for."""
         self.settle()
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = self._staging = None
-        error, self._error = self._error, None
+        if self._flight is not None and self._flight.thread is not threading.current_thread():
+            self._flight.thread.join()
+
+    def raise_error(self, owner: str | None) -> None:
+        """Raise, once, what the last save of `owner` failed with."""
+        error = self._errors.pop(owner, None)
         if error is not None:
             raise error
 
-    def _run(self, write: Callable[[], object], staging: Staging) -> None:
+    def _run(self, write: Callable[[], object], staging: Staging, owner: str | None) -> None:
         try:
             write()
         except BaseException as error:
             # Said at once as well: a process may end before anybody asks.
             log.error("a save in the background failed: %s", error)
-            self._error = error
+            self._errors[owner] = error
         finally:
             staging.end()
 
-    def _forget_parent(self) -> None:
-        if self._owner != os.getpid():
-            self._owner = os.getpid()
-            self._thread = self._staging = self._error = None
+    def _notice_fork(self) -> None:
+        if self._process != os.getpid():
+            self._begin()

@@ -5,6 +5,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ckptcache.errors import (
     ConfigError,
     InvalidName,
 )
-from ckptcache.ledger import Ledger
+from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_id, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
@@ -155,15 +156,20 @@ class TrainingCache:
         saver, self.last_evicted = self._background(), {}
         draft = self._draft(state, measured, configs, described, session)
         if if_improved:
-            saver.in_flight.wait()
+            saver.wait(None if session is None else session.id)
             if not self._improves(draft):
                 return None
         return saver.write(draft) if blocking else saver.write_later(draft, state)
 
-    def wait_until_finished(self) -> None:
-        """Wait for a save in the background; raises the error that one ended with."""
+    def wait_until_finished(self, *, session: str | None = None) -> None:
+        """Wait for a save in the background; raises the error that one ended with.
+
+        Args:
+            session: only what the saves of the session with this id ended with; those of a `TrainingSession` are for
+                it to tell of, and raised to nobody else.
+        """
         if self._saver is not None:
-            self._saver.in_flight.wait()
+            self._saver.wait(session)
 
     def staged(self) -> None:
         """Wait until parameters and optimizer state may be changed outside of an optimizer's step.
@@ -172,6 +178,20 @@ class TrainingCache:
         """
         if self._saver is not None:
             self._saver.in_flight.settle()
+
+    def _view(self) -> Catalog:
+        """Everything as it stands, once what this process has saved counts."""
+        self._finish_own()
+        return self.ledger.view()
+
+    def _change(self) -> AbstractContextManager[Change]:
+        self._finish_own()
+        return self.ledger.change()
+
+    def _finish_own(self) -> None:
+        """Whoever has saved sees what was saved, in the background too; what a save failed with is told elsewhere."""
+        if self._saver is not None:
+            self._saver.in_flight.wait()
 
     def _draft(
         self,
@@ -272,7 +292,7 @@ class TrainingCache:
     def _catalog(self, needed: Description | None = None) -> Catalog:
         if needed is not None and needed.fingerprint is not None:
             self._learn_unknown()
-        catalog = self.ledger.view()
+        catalog = self._view()
         if new := set(catalog.unscored_metrics()) - self._warned_of:
             self._warned_of |= new
             log.warning(
@@ -313,6 +333,7 @@ class TrainingCache:
         from ckptcache.state.restore import check_fillable
 
         check_fillable(objects)
+        self.staged()
         self.last_notes = self.last_warned = ()
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
         restored, told = restore_first(self.ledger, lambda: self.choose(needed, resume), objects, rng=rng)
@@ -340,7 +361,7 @@ class TrainingCache:
 
     def _learn_unknown(self) -> None:
         """Read what files of the oldest layout, and files without a record, hold; the index then knows it."""
-        catalog = self.ledger.view()
+        catalog = self._view()
         strangers = [id for id in catalog.observed.available if catalog.index.checkpoints[id].fingerprint is None]
         if strangers or catalog.observed.unrecorded:
             from ckptcache.adoption import learn
@@ -355,9 +376,9 @@ class TrainingCache:
         With `dry_run` nothing is changed.
         """
         if dry_run:
-            catalog = self.ledger.view()
+            catalog = self._view()
             return catalog.retention_plan(catalog.latest(), self.ledger.live_sessions(catalog.index))
-        with self.ledger.change() as change:
+        with self._change() as change:
             plan = change.catalog().retention_plan(change.catalog().latest(), self.ledger.live_sessions(change.index))
             self.ledger.evict(change, plan.evicted)
         self.last_evicted = plan.evicted
@@ -392,7 +413,7 @@ class TrainingCache:
         """
         check_name(name)
         self.get(wanted)
-        with self.ledger.change() as change:
+        with self._change() as change:
             catalog = change.catalog()
             record = resume.find(catalog, wanted)
             if name in change.index.checkpoints:
@@ -411,7 +432,7 @@ class TrainingCache:
         """
         if name not in self.names():
             raise CheckpointNotFound(id=name, path=self.cache_dir)
-        with self.ledger.change() as change:
+        with self._change() as change:
             if name not in change.index.names:
                 raise CheckpointNotFound(id=name, path=self.cache_dir)
             change.is_dirty = True
@@ -419,7 +440,7 @@ class TrainingCache:
 
     def _mark(self, wanted: str, fields: Callable[[CheckpointMetadata], dict[str, Any]]) -> CheckpointMetadata:
         self.get(wanted)  # refused before a folder or a lock is made for it
-        with self.ledger.change() as change:
+        with self._change() as change:
             record = resume.find(change.catalog(), wanted)
             change.put(record.changed(**fields(record)))
             return change.catalog().scored(change.index.checkpoints[record.id])
@@ -437,7 +458,7 @@ class TrainingCache:
                 check_id(id)
         if configs is not None:
             configs = jsonable(dict(configs), "configs")
-        with self.ledger.change() as change:
+        with self._change() as change:
             if configs is not None:
                 session = dataclasses.replace(session, config=change.index.store_config(dict(configs)))
             if session.sequence == 0:
@@ -447,7 +468,7 @@ class TrainingCache:
 
     def forget_session(self, session: str) -> None:
         """Remove a session's checkpoints and its record, but for what is pinned, named or another session's parent."""
-        with self.ledger.change() as change:
+        with self._change() as change:
             index = change.index
             kept = {p.checkpoint for p in index.names.values()}
             kept |= {s.parent for s in index.sessions.values() if s.parent is not None and s.id != session}
@@ -465,7 +486,7 @@ class TrainingCache:
 
     def stats(self) -> checkup.Stats:
         """Counts and bytes, limits, groups and prepared data."""
-        return checkup.stats(self.ledger.view(), self.data)
+        return checkup.stats(self._view(), self.data)
 
     def doctor(
         self, *, repair: bool = False, verify: bool = True, progress: Callable[[int, int], None] | None = None
@@ -485,7 +506,7 @@ class TrainingCache:
 
         Nothing is changed: scores are always computed from the records under the settings in force.
         """
-        return checkup.rerank(self.ledger.view(), dataclasses.replace(self.config, **settings))
+        return checkup.rerank(self._view(), dataclasses.replace(self.config, **settings))
 
     # --- to and from elsewhere -------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class Saver:
 
     def write(self, draft: Draft) -> CheckpointMetadata:
         """Write a checkpoint and commit it; raises SaveFailed or NoSpace, with everything as it was before."""
-        self.in_flight.wait()
+        self.wait(_owner(draft))
         draft, publication = self._reserve(draft)
         return self._write(draft, publication, partial(_fill, draft, publication))
 
@@ -48,23 +48,32 @@ class Saver:
 
         Parameters are still read after this returns, and until the next optimizer's step: see `Staging`.
         """
-        self.in_flight.wait()
+        self.wait(_owner(draft))
         draft, publication = self._reserve(draft)
+        staging = None
         try:
             staging = Staging(draft.state, objects)
+            self._start(dataclasses.replace(draft, state=staging.state), publication, staging)
+        except RuntimeError:  # no more threads: the interpreter is ending, or the system's limit is reached
+            _end(staging)
+            return self._write(draft, publication, partial(_fill, draft, publication))
         except BaseException:
+            _end(staging)
             _withdraw(publication)
             raise
-        draft = dataclasses.replace(draft, state=staging.state)
-        fill = partial(self._fill_staged, draft, publication, staging)
-        try:
-            self.in_flight.start(partial(self._write, draft, publication, fill), staging)
-        except RuntimeError:  # no more threads: the interpreter is ending, or the system's limit is reached
-            staging.end()
-            return self._write(draft, publication, partial(_fill, draft, publication))
         if staging.must_settle_at_once:
             staging.settle()
         return draft.record
+
+    def _start(self, draft: Draft, publication: Publication, staging: Staging) -> None:
+        fill = partial(self._fill_staged, draft, publication, staging)
+        while not self.in_flight.start(partial(self._write, draft, publication, fill), staging, _owner(draft)):
+            self.in_flight.wait()  # another thread was quicker
+
+    def wait(self, session: str | None = None) -> None:
+        """Wait for the save in flight; raises what the last one failed with that `session`, or no session, made."""
+        self.in_flight.wait()
+        self.in_flight.raise_error(session)
 
     def _reserve(self, draft: Draft) -> tuple[Draft, Publication]:
         """Create the file, under an id that no other writer has: in one second, many processes may reach one iteration.
@@ -203,11 +212,22 @@ class Saver:
 # --- pieces --------------------------------------------------------------------------------------
 
 
+def _owner(draft: Draft) -> str | None:
+    """Whose save it is, and who is told when it fails."""
+    return None if draft.session is None else draft.session.id
+
+
 def _fill(draft: Draft, publication: Publication) -> Written:
     """Write the state from where it is, and sync it."""
     written = ptfile.write(publication.file, draft.state, embedded(draft))
     publication.file.sync()
     return written
+
+
+def _end(staging: Staging | None) -> None:
+    """Whoever waits for a copy that will never be made would wait for ever."""
+    if staging is not None:
+        staging.end()
 
 
 def _planned(draft: Draft) -> ptfile.Plan | None:

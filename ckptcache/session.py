@@ -1,6 +1,5 @@
 """TrainingSession: one process's stretch of training. It resumes, logs, saves, and leaves a record."""
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -244,17 +243,14 @@ class TrainingSession:
         self._counter.abandon()
         if self._stop_reason is None:
             self._stop_reason = "finished" if self._signals.stop is None else "signal"
-        try:
-            self.cache.wait_until_finished()
-        except _SURVIVABLE as error:
-            self._survive(error)
+        self._collect()
         if self.iteration > self.start_iteration and self._tally.saved_at != self.iteration:
             self._save_last()
 
     def _save_last(self) -> None:
         """A last save that fails makes the run end non-zero."""
         try:
-            self._save("final")
+            self._save("final", blocking=True)
         except CkptCacheError:
             self._tally.failed(self.iteration)
             self._stop_reason = "error"
@@ -262,6 +258,7 @@ class TrainingSession:
 
     def _fail(self, error: BaseException) -> None:
         """No checkpoint: the state in the middle of a step that failed is nothing to resume from."""
+        self._collect()
         is_signal = isinstance(error, KeyboardInterrupt) or self._signals.stop is not None
         self._stop_reason = "signal" if is_signal else "error"
         last = self._tally.last_saved or self._startup.record
@@ -306,8 +303,7 @@ class TrainingSession:
         self._final = dataclasses.replace(self.record, ended_at=utc_now())
         self._shut()
         try:
-            with contextlib.suppress(*_SURVIVABLE):  # a save in the background that failed is nothing to keep
-                self.cache.wait_until_finished()
+            self._collect()
             self.cache.forget_session(self.id)
             if any(session.id == self.id for session in self.cache.sessions()):
                 self.cache.record_session(self._final)
@@ -327,6 +323,7 @@ class TrainingSession:
         check_fillable({name: value})
         state = dict(self._startup.state)
         if name in state and self._startup.record is not None:
+            self.staged()
             apply({name: value}, {name: state.pop(name)}, id=self._startup.record.id, rng=False)
             self._startup = dataclasses.replace(self._startup, state=state)
         if self._startup.reseeded:
@@ -392,6 +389,15 @@ class TrainingSession:
         self._owes_interval = False
         self._try_save("interval")
 
+    def staged(self) -> None:
+        """Call this before parameters or optimizer state are changed outside of an optimizer's step.
+
+        Growing, clamping, swapping in averaged weights: a save may still be copying what is changed. Returns at once
+        where none is. Without it such a change is noticed, and the state read again, which blocks; a write through
+        ``.data`` is not noticed.
+        """
+        self.cache.staged()
+
     def stepped(self) -> None:
         """The optimizer step of this iteration is over, though it may have been left out, as a GradScaler does."""
         self._counter.note()
@@ -437,12 +443,13 @@ class TrainingSession:
     ) -> CheckpointMetadata | None:
         """Offer a checkpoint. With `val_loss`, it is saved if it improved; without, always.
 
-        An ordinary failed save is reported, counted and survived.
+        The file is written in the background; `TrainingCache.wait_until_finished` waits for it. An ordinary failed
+        save is reported, counted and survived.
 
         Args:
             extra: the user's own metadata, anything that JSON can hold.
 
-        Returns the record; None where it was not saved.
+        Returns the record, as yet without size and digest; None where it was not saved.
         """
         self._check_open()
         if val_loss is not None or metrics:
@@ -462,18 +469,25 @@ class TrainingSession:
         if self._tally.saved_at == self.iteration and reason not in ("manual", "growth"):
             return self._tally.last_saved
         try:
-            return self._save(reason, **options)
+            return self._save(reason, blocking=False, **options)
         except _SURVIVABLE as error:
-            self._survive(error)
+            self._tally.failed(self.iteration)
+            log.error("a checkpoint could not be saved, and training goes on: %s", error)
             return None
 
-    def _survive(self, error: CkptCacheError) -> None:
-        self._tally.failed(self.iteration)
-        log.error("a checkpoint could not be saved, and training goes on: %s", error)
+    def _collect(self) -> None:
+        """See what came of the save in the background; one that failed was said already, and is survived."""
+        try:
+            self.cache.wait_until_finished(session=self.id)
+        except _SURVIVABLE:
+            self._tally.unsaved()
+        else:
+            self._tally.collected(len(self.cache.last_evicted))
 
     def _save(
-        self, reason: str, *, if_improved: bool = False, epoch: float | None = None, extra: Any = None
+        self, reason: str, *, blocking: bool, if_improved: bool = False, epoch: float | None = None, extra: Any = None
     ) -> CheckpointMetadata | None:
+        self._collect()
         session = self.record
         record = self.cache.save(
             {**self._objects, RNG: capture_rng()},
@@ -484,12 +498,15 @@ class TrainingSession:
             session=dataclasses.replace(session, saved=session.saved + 1),
             parents=self._parents(),
             if_improved=if_improved,
+            blocking=blocking,
             extra=extra,
             **self._tally.measured(self.iteration),
             **self.configs,
         )
         if record is not None:
-            self._tally.saved(record, len(self.cache.last_evicted))
+            self._tally.saved(record)
+            if blocking:
+                self._tally.collected(len(self.cache.last_evicted))
         return record
 
     def _parents(self) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ class Tally:
         self._metrics: dict[str, float] = {}
         self._last_loss = _last_loss(parent)
         self._best_saved = math.inf
+        self._before: tuple[CheckpointMetadata | None, int | None, float, str | None] | None = None
+        """What was so before the save in flight; None where none is."""
 
     # --- measuring -------------------------------------------------------------------------------
 
@@ -67,14 +69,30 @@ class Tally:
 
     # --- saving ----------------------------------------------------------------------------------
 
-    def saved(self, record: CheckpointMetadata, evicted: int) -> None:
-        """Note a checkpoint that counts, and how many others had to go for it."""
+    def saved(self, record: CheckpointMetadata) -> None:
+        """Note a checkpoint that counts, or will once its file is written; `collected` or `unsaved` follows then."""
+        self._before = (self.last_saved, self.saved_at, self._best_saved, self.record.best_checkpoint)
         self.last_saved, self.saved_at = record, record.iteration
         # As high as the one that was saved along with the checkpoint, so that it replaces that.
-        revision = self.record.revision + 1
-        self._change(saved=self.record.saved + 1, evicted=self.record.evicted + evicted, revision=revision)
+        self._change(saved=self.record.saved + 1, revision=self.record.revision + 1)
         if record.val_loss is not None:
             self._note_best(record.id, record.val_loss)
+
+    def collected(self, evicted: int) -> None:
+        """The last save counts, and so many others had to go for it."""
+        if self._before is not None:
+            self._before = None
+            self._change(evicted=self.record.evicted + evicted)
+
+    def unsaved(self) -> None:
+        """The last save came to nothing after all."""
+        if self._before is not None:
+            failed_at = self.saved_at
+            self.last_saved, self.saved_at, self._best_saved, best = self._before
+            self._before = None
+            self._change(saved=self.record.saved - 1, best_checkpoint=best)
+            if failed_at is not None:
+                self.failed(failed_at)
 
     def _note_best(self, id: str, loss: float) -> None:
         if math.isfinite(loss) and loss <= self._best_saved:

@@ -187,7 +187,7 @@ def test_what_is_saved_is_the_state_at_the_call_whatever_training_does_meanwhile
     saved = training.state
     with swapped(Gate()) as gate:
         record = cache.save(objects, iteration=3, val_loss=1.0, blocking=False)
-        assert ids(cache.checkpoints()) == []
+        assert ids(TrainingCache(cache.cache_dir).checkpoints()) == []
         training.train(3)
         with torch.no_grad():
             for tensor in (*training.model.parameters(), *training.model.buffers()):
@@ -238,7 +238,7 @@ def failed_in_the_background(cache: TrainingCache) -> None:
     cache.ledger.hold(cache.ledger.writer)  # signing the lease makes an fsync of its own
     with swapped(FailingSystem(0, errno.ENOSPC, "fsync")):
         cache.save(tiny(), iteration=1, val_loss=1.0, blocking=False)
-        cache._saver.in_flight._thread.join()
+        cache._saver.in_flight.wait()
 
 
 def test_an_error_in_the_background_is_said_at_once_and_raised_by_the_next_call(cache, caplog):

@@ -72,7 +72,8 @@ class Staging:
         live = [tensor for tensor in _tensors(state) if _is_dense(tensor) and _key(tensor) not in copies]
         self._live = [(tensor, _version(tensor)) for tensor in live]
         self._streams = _side_streams(storage for key, storage in storages.items() if key not in copies)
-        self._caller = threading.current_thread()
+        self.caller = threading.current_thread()
+        """The thread that saves, and is taken to be the one that changes the tensors."""
         self._work = _Work()
         self._lock = threading.Lock()
         self._is_settled = not self._live
@@ -155,7 +156,7 @@ class Staging:
     def held_still(self) -> Iterator[None]:
         """After TakenAgain: wait until the thread that changes tensors stands still, or is no more; then let it go."""
         while not self._held.wait(_LOOK_SECONDS):
-            if not self._caller.is_alive():
+            if not self.caller.is_alive():
                 break
         for stream in self._streams:
             torch.cuda.synchronize(stream.device)
@@ -181,8 +182,11 @@ _unsettled: set[Staging] = set()
 
 
 def _before_step(*_: object) -> None:
-    for staging in tuple(_unsettled):
-        staging.settle()
+    if _unsettled:
+        # One's own first: those of other threads may wait for this one.
+        own, found = threading.current_thread(), tuple(_unsettled)
+        for staging in sorted(found, key=lambda staging: staging.caller is not own):
+            staging.settle()
 
 
 # Of every optimizer: which of them changes what is being copied, nobody has to say. It stays for good, since a hook

@@ -97,10 +97,12 @@ class KillAt(Callback):
 
     def before_step(self, trainer, iteration):
         if self.where == "after the growth" and iteration == self.iteration:
+            trainer.session.cache.wait_until_finished()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def after_step(self, trainer, iteration, loss):
         if self.where == "before the growth" and iteration == self.iteration:
+            trainer.session.cache.wait_until_finished()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
