@@ -183,10 +183,10 @@ def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def learning_rates(objects: Mapping[str, Any]) -> tuple[float, ...]:
-    """The learning rate of each parameter group of the first optimizer in the tree."""
+    """The learning rate of each parameter group of the first optimizer in the tree; of groups that have one."""
     for _, value in walk(objects):
         if isinstance(value, torch.optim.Optimizer):
-            return tuple(float(group["lr"]) for group in value.param_groups)
+            return tuple(float(group["lr"]) for group in value.param_groups if "lr" in group)
     return ()
 
 
