@@ -213,7 +213,13 @@ LOCKS = ["import filelock", "from filelock import FileLock"]
 def test_a_write_outside_fs_is_found(line):
     source = f"import os, os as o\nfrom os import unlink as gone\nimport numpy as np\n{line}"
     assert len(architecture.file_system_writes({"ckptcache/cache.py": source})) == 1
-    assert architecture.file_system_writes({"ckptcache/storage/fs.py": source}) == []
+    for name in ("fs", "system"):
+        assert architecture.file_system_writes({f"ckptcache/storage/{name}.py": source}) == []
+
+
+def test_the_system_is_called_through_fs_only():
+    tree = dict.fromkeys(("ckptcache/storage/index.py", "ckptcache/cache.py"), "from ckptcache.storage import system")
+    assert len(architecture.file_system_writes({**tree, "ckptcache/storage/system.py": ""})) == 2
 
 
 @pytest.mark.parametrize("line", LOCKS)

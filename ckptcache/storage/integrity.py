@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from blake3 import blake3
 
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint
 from ckptcache.storage import fs
+from ckptcache.storage.behind import IN_HAND, behind
 
 _BLOCK = 1 << 20
 
@@ -58,12 +60,19 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def measure(file: BinaryIO) -> Written:
     """Size and digest of what is left to read of an open file."""
     hasher, size = blake3(), 0
-    # Into the same memory again and again: fresh pages for each block cost as much as the digest.
-    block = memoryview(bytearray(_BLOCK))
-    while length := cast(io.BufferedReader, file).readinto(block):
-        hasher.update(block[:length])
-        size += length
+    with behind(hasher.update) as digest:
+        for block in _blocks(cast(io.BufferedReader, file)):
+            digest(block)
+            size += len(block)
     return Written(size, f"blake3:{hasher.hexdigest()}")
+
+
+def _blocks(file: io.BufferedReader) -> Iterator[memoryview]:
+    """What is left to read of a file, read into the same memory again and again, as fresh pages cost as much."""
+    for buffer in itertools.cycle([memoryview(bytearray(_BLOCK)) for _ in range(IN_HAND)]):
+        if not (length := file.readinto(buffer)):
+            return
+        yield buffer[:length]
 
 
 def verify_open(file: BinaryIO, path: Path, size: int | None, digest: str | None) -> Written:
