@@ -76,15 +76,25 @@ def _blocks(file: io.BufferedReader) -> Iterator[memoryview]:
 
 
 def verify_open(file: BinaryIO, path: Path, size: int | None, digest: str | None) -> Written:
-    """`verify` for a file that is open, so that what is read afterwards is what was verified; it stands at 0 then."""
+    """`verify` for a file that is open."""
+    check_length(file, path, size)
+    measured = measure(file)
+    check_digest(measured, path, digest)
+    return measured
+
+
+def check_length(file: BinaryIO, path: Path, size: int | None) -> int:
+    """The length of an open file, which stands at its beginning then; CheckpointDamaged if it isn't `size`, or is 0."""
     length = file.seek(0, io.SEEK_END)
     file.seek(0)
     if length == 0:
         raise CheckpointDamaged(path=path, reason="it is empty")
     if size is not None and length != size:
         raise CheckpointDamaged(path=path, reason=f"it has {length} bytes, and its record says {size}")
-    measured = measure(file)
+    return length
+
+
+def check_digest(measured: Written, path: Path, digest: str | None) -> None:
+    """Raises CheckpointDamaged when what was measured isn't what a record says, if it says anything."""
     if digest is not None and measured.digest != digest:
         raise CheckpointDamaged(path=path, reason="its content differs from the digest in its record")
-    file.seek(0)
-    return measured
