@@ -185,11 +185,13 @@ def _check_format(version: Any, path: Path) -> None:
 
 def _decode(image: Image, path: Path, *, hand_over: bool) -> Any:
     try:
+        image.seek(0)
         if hand_over:
             with image.handing_over():
                 payload = torch.load(cast(BinaryIO, image), map_location=image.claim, weights_only=True)
             if not image.left_unclaimed:
                 return payload
+            image.seek(0)
         return torch.load(cast(BinaryIO, image), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UnsafeCheckpoint(path=path, reason=_refused(str(error))) from error

@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from ckptcache.storage.behind import behind
 from ckptcache.storage.integrity import Written
+from ckptcache.storage.ptplan import bytes_of
 
 _BLOCK = 4 << 20
 """Bytes that are read and digested at once."""
@@ -53,7 +54,7 @@ class Image(io.RawIOBase):
         self.left_unclaimed = False
         self._at = 0
         self._stored = {place.offset: _memory(place.length) for place in places}
-        pieces = self._around() | {at: data.numpy().data for at, data in self._stored.items()}
+        pieces = self._around() | {at: bytes_of(data) for at, data in self._stored.items()}
         self._pieces = {at: pieces[at] for at in sorted(pieces)}
         self._starts = [*self._pieces]
         self._claimable: torch.Tensor | None = None
@@ -111,15 +112,13 @@ class Image(io.RawIOBase):
 
     @contextmanager
     def handing_over(self) -> Iterator[None]:
-        """Stands at the beginning, and at the beginning again afterwards."""
+        """Stored tensors are handed over until the block ends."""
         self._is_handing_over = True
-        self._at = 0
         try:
             yield
         finally:
             self.left_unclaimed |= self._claimable is not None
             self._is_handing_over = False
-            self._at = 0
 
     def claim(self, storage: Any, _location: str) -> Any:
         """The memory in which a storage that torch has just read is; the given one where that was copied."""

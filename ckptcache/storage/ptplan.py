@@ -5,6 +5,7 @@ torch writes the file's outline itself, over gaps that it leaves for the stored 
 then go from where they are into the file, without a checksum that nothing reads: the digest is the check.
 """
 
+import ctypes
 import itertools
 import mmap
 import struct
@@ -253,15 +254,22 @@ def _pieces(plan: Plan) -> Iterator[memoryview]:
     entries: list[tuple[int, bytes | Placed]] = [*plan.between, *((placed.offset, placed) for placed in plan.storages)]
     for _, content in sorted(entries, key=lambda entry: entry[0]):
         if isinstance(content, Placed):
-            yield from _bytes_of(content)
+            yield from _bytes_in(content)
         else:
             for start in range(0, len(content), _BLOCK):
                 yield memoryview(content)[start : start + _BLOCK]
 
 
-def _bytes_of(placed: Placed) -> Iterator[memoryview]:
+def _bytes_in(placed: Placed) -> Iterator[memoryview]:
     if placed.storage.nbytes() != placed.length:
         raise RuntimeError(f"a tensor was resized while it was saved, from {placed.length} bytes")
     data = torch.empty(0, dtype=torch.uint8, device=placed.storage.device).set_(placed.storage)
     for start in range(0, placed.length, _BLOCK):
-        yield data[start : start + _BLOCK].cpu().numpy().data
+        yield bytes_of(data[start : start + _BLOCK].cpu())
+
+
+def bytes_of(data: torch.Tensor) -> memoryview:
+    """The memory of a tensor of bytes on the CPU. `Tensor.numpy` would leave a storage that can't be resized."""
+    array: Any = (ctypes.c_char * len(data)).from_address(data.data_ptr())
+    array.tensor = data  # lives as long as any view of it
+    return memoryview(array).cast("B")

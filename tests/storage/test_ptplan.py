@@ -105,6 +105,13 @@ def test_a_plan_says_where_each_storage_stands_and_reads_none(tmp_path):
     assert all(data[at : at + len(piece)] == piece for at, piece in plan.between)
 
 
+def test_a_tensor_that_was_saved_can_still_grow(tmp_path):
+    payload = {"small": torch.ones(3), "large": torch.ones(5 * MIB)}
+    written(tmp_path / "a.pt", payload)
+    assert all(tensor.untyped_storage().resizable() for tensor in payload.values())
+    assert payload["large"].resize_(6 * MIB)[5 * MIB - 1] == 1
+
+
 def test_the_same_state_is_planned_alike():
     state = {"model": {"w": torch.ones(5), "sparse": torch.eye(3).to_sparse()}}
     plans = [ptfile.plan(state, RECORD) for _ in range(2)]
