@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 
@@ -46,12 +47,17 @@ def test_the_caller_goes_on_while_the_work_is_done():
 
 def test_so_many_buffers_used_in_turn_are_never_filled_while_they_are_needed():
     buffers, seen = [[None] for _ in range(IN_HAND)], []
-    with behind(lambda buffer: seen.append(tuple(buffer))) as put:
-        for number in range(3000):
+
+    def slow(buffer):
+        time.sleep(0.001)
+        seen.append(tuple(buffer))
+
+    with behind(slow) as put:
+        for number in range(200):
             buffer = buffers[number % IN_HAND]
             buffer[0] = number
             put(buffer)
-    assert seen == [(number,) for number in range(3000)]
+    assert seen == [(number,) for number in range(200)]
 
 
 def test_what_fails_is_told_once_and_nothing_is_done_after_it(threads):

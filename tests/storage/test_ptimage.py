@@ -225,6 +225,19 @@ def test_entries_that_lie_in_one_another_are_never_handed_over(tmp_path, name, s
         assert identical(ptfile.read(tmp_path / "a.pt").state, theirs)
 
 
+def test_entries_that_overlap_have_no_places(tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"model": {"a": torch.arange(BIG), "b": torch.ones(BIG)}}, buffer)
+    for data, places in ((buffer.getvalue(), 2), (moved(buffer.getvalue(), "data/0", "data/1"), None)):
+        file = io.BytesIO(data)
+        entries = audit.check_archive(file, tmp_path, len(data))
+        if places is None:
+            with pytest.raises(ValueError, match="overlap"):
+                ptimage.places(file, entries, len(data))
+        else:
+            assert len(ptimage.places(file, entries, len(data))) == places
+
+
 # --- the image as a file -------------------------------------------------------------------------
 
 
@@ -257,6 +270,18 @@ def test_memory_that_nobody_claims_is_noticed():
             image.seek(offset)
             image.readinto(bytearray(length))
     assert image.left_unclaimed
+
+
+def test_a_storage_shorter_than_what_is_stored_gets_its_beginning():
+    data = bytes(range(100))
+    image, _ = image_of(data, [10, 30])
+    with image.handing_over():
+        image.seek(10)
+        image.readinto(bytearray(20))
+        given = torch.UntypedStorage(5)
+        claimed = image.claim(given, "cpu")
+    assert claimed.data_ptr() == given.data_ptr()
+    assert bytes(claimed.tolist()) == data[10:15]
 
 
 def test_what_is_not_asked_for_as_a_whole_is_copied():
