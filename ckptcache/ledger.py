@@ -14,7 +14,7 @@ from ckptcache.catalog import Catalog
 from ckptcache.config import CacheConfig
 from ckptcache.errors import CacheDirIsFile, CacheDirNotReadable, CacheDirNotWritable
 from ckptcache.metadata import CheckpointMetadata, SessionRecord, thin
-from ckptcache.storage import fs
+from ckptcache.storage import fs, locks
 from ckptcache.storage.index import Index, IndexFile, merge, serialise
 from ckptcache.storage.layout import Layout
 from ckptcache.storage.publish import remove_checkpoint
@@ -144,9 +144,9 @@ class Ledger:
                     stack.enter_context(self.file.held())
             yield
 
-    def sessions_by_lease(self, index: Index) -> dict[fs.LeaseState, set[str]]:
+    def sessions_by_lease(self, index: Index) -> dict[locks.LeaseState, set[str]]:
         """Ids of the sessions that have a lease, by its state."""
-        found: dict[fs.LeaseState, set[str]] = {"live": set(), "dead": set(), "unknown": set()}
+        found: dict[locks.LeaseState, set[str]] = {"live": set(), "dead": set(), "unknown": set()}
         for owner, state in leases(self.layout).items():
             if owner in index.sessions:
                 found[state].add(owner)
@@ -266,7 +266,7 @@ class Ledger:
     def _own(self) -> None:
         """Begin as a writer of its own, as a forked child must: the leases and locks stay the parent's."""
         self._owner = os.getpid()
-        self._leases: dict[str, fs.Lease] = {}
+        self._leases: dict[str, locks.Lease] = {}
         self._threads = threading.Lock()
         self._finalizer = weakref.finalize(self, _release_all, self._leases)
         self._writer = f"writer_{secrets.token_hex(6)}"
@@ -279,10 +279,10 @@ class Ledger:
             if owner not in self._leases:
                 self._leases[owner] = self._lease(owner)
 
-    def _lease(self, owner: str) -> fs.Lease:
+    def _lease(self, owner: str) -> locks.Lease:
         fs.ensure_folder(self.layout.sessions)
         try:
-            return fs.Lease(self.layout.lease(owner))
+            return locks.Lease(self.layout.lease(owner))
         except OSError as error:
             raise CacheDirNotWritable(path=self.layout.sessions, reason=fs.reason_of(error)) from error
 
@@ -297,6 +297,6 @@ class Ledger:
         _release_all(self._leases)
 
 
-def _release_all(held: dict[str, fs.Lease]) -> None:
+def _release_all(held: dict[str, locks.Lease]) -> None:
     for owner in list(held):
         held.pop(owner).release()

@@ -47,13 +47,19 @@ DOCS = frozenset(
 )
 
 FILE_SYSTEM = "ckptcache/storage/fs.py"
+SYSTEM = "ckptcache/storage/system.py"
+LOCKING = "ckptcache/storage/locks.py"
 FS_NAMES = ("ckptcache.storage.fs", "fs")
 STREAMS = ("buffer", "stream", "target")
 """What a variable is called that holds an open stream: memory, or a file that storage/fs.py has opened."""
 
 PICKLE_ERRORS = frozenset("pickle.PickleError pickle.PicklingError pickle.UnpicklingError".split())
 PICKLES = frozenset("pickle _pickle cPickle cloudpickle dill joblib shelve marshal".split())
-LOCKS = frozenset("filelock fcntl msvcrt portalocker tempfile".split())
+HOMES = {
+    **dict.fromkeys("fcntl msvcrt portalocker tempfile".split(), (FILE_SYSTEM, SYSTEM)),
+    "filelock": (LOCKING,),
+}
+"""Modules that write or lock, and the only files that may import each."""
 OS_WRITES = frozenset(
     "replace rename renames unlink remove removedirs rmdir fsync fdatasync sync mkdir makedirs truncate ftruncate link "
     "symlink chmod chown lchown fchmod fchown utime mkfifo mknod write pwrite writev pwritev copy_file_range sendfile "
@@ -241,9 +247,13 @@ def unsafe_loads(tree: Tree) -> list[str]:
 
 
 def file_system_writes(tree: Tree) -> list[str]:
-    """Calls outside storage/fs.py that write, sync, rename, remove or lock a file; reading is free."""
-    outside = {path: text for path, text in tree.items() if path != FILE_SYSTEM}
-    imports = [str(a) for a in arrows(outside) if a.target.split(".")[0] in LOCKS]
+    """What writes, syncs, renames or removes a file, and isn't in storage/fs.py or its system calls; reading is free.
+
+    Likewise what locks one outside storage/locks.py.
+    """
+    outside = {path: text for path, text in tree.items() if path not in (FILE_SYSTEM, SYSTEM)}
+    imports = [str(a) for a in arrows(tree) if a.path not in HOMES.get(a.target.split(".")[0], (a.path,))]
+    imports += [str(a) for a in arrows(tree) if a.target == module_of(SYSTEM) and a.path != FILE_SYSTEM]
     return [*imports, *_flagged(outside, _writes)]
 
 

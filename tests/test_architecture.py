@@ -204,15 +204,35 @@ WRITES = [
     *("a.write_text(t)", "a.write_bytes(t)", "a.unlink(missing_ok=True)", "a.rename(b)", "a.replace(b)", "a.touch()"),
     *("a.mkdir(parents=True)", "a.rmdir()", "a.symlink_to(b)", "a.chmod(0o600)", "f.truncate(0)", "array.tofile(a)"),
     *("zipfile.ZipFile(a, 'w')", "archive.extractall(a)", "torch.save(state, a)", "figure.savefig(a)", "np.save(a, x)"),
-    *("save_file(tensors, a)", "import filelock", "from filelock import FileLock", "import fcntl", "import tempfile"),
+    *("save_file(tensors, a)", "import fcntl", "import tempfile"),
 ]
+LOCKS = ["import filelock", "from filelock import FileLock"]
 
 
 @pytest.mark.parametrize("line", WRITES)
 def test_a_write_outside_fs_is_found(line):
     source = f"import os, os as o\nfrom os import unlink as gone\nimport numpy as np\n{line}"
     assert len(architecture.file_system_writes({"ckptcache/cache.py": source})) == 1
-    assert architecture.file_system_writes({"ckptcache/storage/fs.py": source}) == []
+    for name in ("fs", "system"):
+        assert architecture.file_system_writes({f"ckptcache/storage/{name}.py": source}) == []
+
+
+def test_the_system_is_called_through_fs_only():
+    tree = dict.fromkeys(("ckptcache/storage/index.py", "ckptcache/cache.py"), "from ckptcache.storage import system")
+    assert len(architecture.file_system_writes({**tree, "ckptcache/storage/system.py": ""})) == 2
+
+
+@pytest.mark.parametrize("line", LOCKS)
+def test_a_lock_outside_locks_is_found(line):
+    for path in ("cache", "storage/fs"):
+        assert len(architecture.file_system_writes({f"ckptcache/{path}.py": line})) == 1
+    assert architecture.file_system_writes({"ckptcache/storage/locks.py": line}) == []
+
+
+@pytest.mark.parametrize("line", ["os.unlink(a)", "import fcntl"])
+def test_a_write_in_locks_is_found(line):
+    source = f"import os\n{line}"
+    assert len(architecture.file_system_writes({"ckptcache/storage/locks.py": source})) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ckptcache import TrainingCache
 from ckptcache.metadata import CheckpointMetadata
-from ckptcache.storage import fs
+from ckptcache.storage import fs, locks
 from tests.caches import file_of, flip, ids, save, tiny
 from tests.faults import KillingSystem, run_child
 
@@ -214,7 +214,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.close()
 
         def child() -> None:
-            from ckptcache.storage import fs
 
             self.reopen()
             fs.system = KillingSystem(at, torn=torn)
@@ -274,7 +273,7 @@ class CacheMachine(RuleBasedStateMachine):
         expected |= {("name", n) for n, id in self.names.items() if self.known[id].state != "available"}
         # Whoever is killed before it signs its lease leaves one of which nobody knows whose it is: it stays.
         leases = self.cache.ledger.layout.sessions.glob("*.lock")
-        expected |= {("lease", path.stem) for path in leases if fs.lease_state(path) == "unknown"}
+        expected |= {("lease", path.stem) for path in leases if locks.lease_state(path) == "unknown"}
         assert {(f.kind, f.subject) for f in self.cache.doctor()} == expected
 
     @invariant()

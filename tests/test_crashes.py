@@ -13,7 +13,7 @@ import torch
 
 from ckptcache import TrainingCache
 from ckptcache.errors import CkptCacheError, SaveFailed
-from ckptcache.storage import fs
+from ckptcache.storage import fs, locks
 from tests.caches import file_of, flip, ids, save, temporary_files, tiny
 from tests.faults import CountingSystem, FailingSystem, KillingSystem, run_child, swapped
 
@@ -146,7 +146,7 @@ class Stage:
 
     def unsigned(self) -> set[str]:
         """Leases of those killed before they could sign: whose they are nobody knows, so that they stay."""
-        return {path.stem for path in self.folder.glob("sessions/*.lock") if fs.lease_state(path) == "unknown"}
+        return {path.stem for path in self.folder.glob("sessions/*.lock") if locks.lease_state(path) == "unknown"}
 
 
 # --- killed --------------------------------------------------------------------------------------
@@ -165,7 +165,6 @@ def test_nothing_acknowledged_is_lost_by_a_kill_at_any_operation(tmp_path, scena
         stage.lay_out()
 
         def child(at: int = at) -> None:
-            from ckptcache.storage import fs
 
             fs.system = KillingSystem(at, torn=torn)
             with opened(stage.folder) as cache:

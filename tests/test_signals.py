@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckptcache.session import TrainingSession
-from ckptcache.storage import fs
+from ckptcache.storage import locks
 from tests.faults import end_of, start_child, wait_for, wait_until
 from tests.jobs import Job, cache_at
 
@@ -214,11 +214,11 @@ def test_a_child_of_a_training_can_be_ended(tmp_path):
 def test_a_killed_session_is_known_to_be_dead_and_auto_goes_on_from_its_latest(tmp_path):
     pid = started(tmp_path, checkpoint_interval=2)
     (lease,) = (tmp_path / "cache" / "sessions").glob("sess_*.lock")
-    assert fs.lease_state(lease) == "live"
+    assert locks.lease_state(lease) == "live"
     wait_for(tmp_path / "step-9")  # the save at 8 has begun, so that the one at 6 is over
     os.kill(pid, signal.SIGKILL)
     assert end_of(pid) == -signal.SIGKILL
-    assert fs.lease_state(lease) == "dead"
+    assert locks.lease_state(lease) == "dead"
 
     cache = cache_at(tmp_path / "cache")
     killed, latest = the_session(tmp_path), cache.get("latest")

@@ -8,6 +8,7 @@ that torch counts in every tensor; then the state is read again, while the loop 
 A write through `.data`, or through memory that torch doesn't know of, counts no version and escapes that.
 """
 
+import ctypes
 import logging
 import os
 import threading
@@ -353,8 +354,14 @@ def _pieces(target: "np.ndarray[Any, np.dtype[np.uint8]]", placed: Iterable[Plac
 def _copy(target: "np.ndarray[Any, np.dtype[np.uint8]]", source: torch.Tensor) -> Piece:
     if source.device.type == "cpu":
         # Half the processor time of torch's own copy of bytes, and without the interpreter's lock as well.
-        return lambda: np.copyto(target, source.numpy())
+        return lambda: np.copyto(target, _bytes_of(source))
     return lambda: torch.from_numpy(target).copy_(source, non_blocking=True)
+
+
+def _bytes_of(data: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The memory of a tensor of bytes on the CPU. `Tensor.numpy` would leave a storage that can't be resized."""
+    memory: Any = (ctypes.c_uint8 * len(data)).from_address(data.data_ptr())
+    return np.ctypeslib.as_array(memory)
 
 
 def _all(pieces: list[Piece]) -> Piece:

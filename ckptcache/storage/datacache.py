@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from blake3 import blake3
 
 from ckptcache.errors import CacheDirNotWritable, CkptCacheError, InvalidValue, LockTimeout, NotCacheable
-from ckptcache.storage import datafile, fs
+from ckptcache.storage import datafile, fs, locks
 from ckptcache.values import content_hash, jsonable
 
 T = TypeVar("T")
@@ -130,10 +130,10 @@ class DataCache:
     def _lock(self, place: _Place, held: ExitStack) -> None:
         fs.ensure_folder(self.folder)
         try:
-            held.enter_context(fs.locked(place.lock, timeout=0))
+            held.enter_context(locks.locked(place.lock, timeout=0))
         except LockTimeout:
             log.info("waiting for another process to prepare %r", place.key)
-            held.enter_context(fs.locked(place.lock, timeout=float("inf"), poll=_POLL))
+            held.enter_context(locks.locked(place.lock, timeout=float("inf"), poll=_POLL))
 
     def _read(self, place: _Place, *, quietly: bool = False) -> tuple[Any] | None:
         """The fresh value of an entry, in a tuple, since it may be None; None when it has to be built."""
@@ -207,7 +207,7 @@ class DataCache:
     def _clear(self, stem: str, older_than_hours: float | None) -> int:
         name = f"{stem}{SUFFIX}"
         try:
-            with fs.locked(self.folder / f"{stem}.lock", timeout=0):
+            with locks.locked(self.folder / f"{stem}.lock", timeout=0):
                 freed = self._remove_leftovers(name)
                 file = fs.scan(self.folder).get(name)
                 if file is None or (older_than_hours is not None and self._is_younger(file, older_than_hours)):

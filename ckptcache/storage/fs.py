@@ -1,4 +1,4 @@
-"""The only module that writes, syncs, renames, removes or locks a file.
+"""The only module that writes, syncs, renames or removes a file.
 
 What a durable write may rely on: data reach the disk with fsync of the file; a new or renamed name
 reaches it with fsync of the folder. Neither is promised by rename alone. A failed fsync is never
@@ -7,109 +7,26 @@ succeeds proves nothing (Rebello et al., "Can Applications Recover from fsync Fa
 """
 
 import errno
-import functools
 import os
 import shutil
-import socket
 import stat
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
-import orjson
-from filelock import FileLock, Timeout
+from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable, NotACheckpoint
+from ckptcache.storage.system import BINARY, NO_FOLLOW, System
 
-from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable, CkptCacheError, LockTimeout, NotACheckpoint
-
-LOCK_TIMEOUT = 120.0
-"""Seconds to wait for the index; it is held for milliseconds, so more than this means a stuck process."""
 TEMP_SUFFIX = ".tmp"
 _CHUNK = 8 * 1024 * 1024
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-_KEEP_SIZE = 1
-"""FALLOC_FL_KEEP_SIZE: what was cut short stays recognisable by its length."""
-
-
-class System:
-    """The system calls that change anything, one method each, so that a test can fail or count them."""
-
-    def create(self, path: Path) -> int:
-        """Open a new file for writing; never an existing one, and never through a link."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o666)
-
-    def overwrite(self, path: Path) -> int:
-        """Open an existing file to write it anew; only for lock files, which nobody relies on to be whole."""
-        return os.open(path, os.O_WRONLY | os.O_TRUNC | _NO_FOLLOW | _BINARY)
-
-    def write(self, fd: int, data: memoryview) -> int:
-        """Write some of `data`; returns how many bytes."""
-        return os.write(fd, data)
-
-    def reserve(self, fd: int, size: int) -> None:
-        """Take `size` bytes of the disk for a file that keeps its length; does nothing where that isn't known.
-
-        Not `os.posix_fallocate`, which writes to every block where the file system can't reserve.
-        """
-        if (fallocate := _fallocate()) is not None:
-            number = fallocate(fd, size)
-            if number not in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
-                raise OSError(number, os.strerror(number))
-
-    def fsync(self, fd: int) -> None:
-        """Bring the file's data to the disk; on macOS past the drive's cache too."""
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(fd)
-
-    def fsync_folder(self, path: Path) -> None:
-        """Bring a folder's names to the disk; Windows has no such call and orders them itself."""
-        if os.name == "nt":
-            return
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-        try:
-            self.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def replace(self, source: Path, target: Path) -> None:
-        """Rename, taking the target's place at one instant."""
-        source.replace(target)
-
-    def link(self, source: Path, target: Path) -> None:
-        """A second name for the same file."""
-        os.link(source, target)
-
-    def unlink(self, path: Path) -> None:
-        """Remove a name."""
-        path.unlink()
-
-    def mkdir(self, path: Path) -> None:
-        """Create one folder."""
-        path.mkdir()
+_PAGE = 4096
+"""What a direct write is in whole multiples of: its place in memory, its place in the file, its length."""
 
 
 system = System()
-
-
-@functools.cache
-def _fallocate() -> Callable[[int, int], int] | None:
-    """The C library's `fallocate` (Linux) of a descriptor and a size, giving the error's number; None elsewhere."""
-    if sys.platform != "linux" or sys.maxsize < 2**32:
-        return None
-    import ctypes
-
-    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if function is None:
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return lambda fd, size: ctypes.get_errno() if function(fd, _KEEP_SIZE, 0, size) != 0 else 0
+"""What every change goes through; tests put one in its place that counts, fails or kills."""
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -194,7 +111,7 @@ def open_regular(path: Path) -> BinaryIO:
     """
     try:
         # O_NONBLOCK: opening a named pipe would otherwise wait for its writer for ever.
-        fd = os.open(path, os.O_RDONLY | _NO_FOLLOW | _BINARY | getattr(os, "O_NONBLOCK", 0))
+        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | BINARY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise NotACheckpoint(path=path, reason="it is not a regular file") from error
@@ -228,13 +145,40 @@ class TempFile:
         self.final = final
         self.path = final.with_name(f"{final.name}.{writer}{TEMP_SUFFIX}")
         self._fd: int | None = system.create(self.path)
+        self._is_direct = False
 
     def write(self, data: Any) -> int:
         """Write all of `data`, which is anything with a buffer; returns its length in bytes."""
         view = memoryview(data)
         if view.nbytes:  # a view with a zero in its shape can't be cast
-            _write_all(self._open(), view.cast("B"))
+            self._write_all(view.cast("B"))
         return view.nbytes
+
+    def pass_cache_by(self) -> bool:
+        """Write straight to the disk from here on, if the system does that; returns whether it does.
+
+        That takes a tenth of the processor's time, of memory that begins at a page, in blocks of megabytes. From the
+        first write on that can't be made so, which is as a rule the last one, everything goes through the cache again.
+        """
+        self._is_direct = system.direct(self._open(), True)
+        return self._is_direct
+
+    def _write_all(self, data: memoryview) -> None:
+        while len(data):
+            pages = data[: len(data) // _PAGE * _PAGE]
+            if self._is_direct and not pages:
+                self._use_cache()
+            try:
+                data = data[system.write(self._open(), pages if self._is_direct else data) :]
+            except OSError as error:
+                # So a file system says that it wants greater multiples, or memory elsewhere; nothing was written.
+                if not self._is_direct or error.errno != errno.EINVAL:
+                    raise
+                self._use_cache()
+
+    def _use_cache(self) -> None:
+        system.direct(self._open(), False)
+        self._is_direct = False
 
     def reserve(self, size: int) -> None:
         """Take room for `size` bytes on the disk, so that a full one says so before anything is written."""
@@ -294,6 +238,16 @@ def write_atomically(path: Path, data: bytes, *, writer: str) -> None:
     """Write a small file so that readers, and a power cut, see the old one or the new, whole and durable."""
     with replacing(path, writer=writer) as temp:
         temp.write(data)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Write an existing file anew, durably; only for lock files, which nobody relies on to be whole."""
+    fd = system.overwrite(path)
+    try:
+        _write_all(fd, memoryview(data))
+        system.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def append(path: Path, data: bytes) -> None:
@@ -408,141 +362,3 @@ def reason_behind(error: BaseException) -> str:
             return reason_of(cause)
         cause = cause.__cause__ or cause.__context__
     return str(error).split("\n")[0]
-
-
-# --- locks ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(path: Path, *, timeout: float = LOCK_TIMEOUT, poll: float = 0.002) -> Iterator[None]:
-    """Hold the cross-process lock file `path`, which is created at need and never removed; looks every `poll` seconds.
-
-    Raises:
-        LockTimeout: another process or thread kept it for `timeout` seconds, which may be infinite.
-        OSError: the file can't be created or opened.
-    """
-    # Threads exclude each other by it too, as each opens the file anew. A lock of their own would make
-    # every wait as long as the longest, and a child forked while it is held would wait for ever.
-    lock = FileLock(path, poll_interval=poll)
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout as error:
-        raise LockTimeout(path=path, seconds=timeout) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-LeaseState = Literal["live", "dead", "unknown"]
-
-
-class Lease:
-    """A lock file held for as long as its owner lives; the system frees it when the owner dies.
-
-    filelock drops it in forked children, so that a worker that outlives its parent doesn't keep it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._owner = os.getpid()
-        self._lock = FileLock(path, thread_local=False)
-        # Whoever looks whether it is held takes it for an instant, hence not timeout=0.
-        try:
-            self._lock.acquire(timeout=LOCK_TIMEOUT)
-            self._sign()
-        except Timeout as error:
-            raise LockTimeout(path=path, seconds=LOCK_TIMEOUT) from error
-        except BaseException:
-            self.release()
-            raise
-
-    def _sign(self) -> None:
-        fd = system.overwrite(self.path)
-        try:
-            _write_all(fd, memoryview(orjson.dumps({**_this_machine(), "pid": self._owner})))
-            # After a power cut an empty lease would be anybody's, and what its writer left behind would stay for ever.
-            system.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def release(self) -> None:
-        """Give it back and remove the file: its name is used once, so that nobody waits for it."""
-        if os.getpid() != self._owner:
-            return
-        # Whether it is still locked says nothing: at exit filelock may have released it before.
-        with suppress(OSError):
-            system.unlink(self.path)
-        self._lock.release()
-
-
-def lease_state(path: Path) -> LeaseState:
-    """Whether the owner of the lease at `path` lives; "unknown" for one of another machine, or out of reach.
-
-    One that nobody has signed yet is "live" or "unknown": its owner may be just about to, on any machine.
-    """
-    try:
-        content = read_bytes(path, limit=4096)
-    except FileNotFoundError:
-        return "dead"
-    except (OSError, ValueError, CkptCacheError):
-        return "unknown"
-    is_signed = _is_of_this_machine(content)
-    if not is_signed and not _is_unsigned(content):
-        return "unknown"
-    lock = FileLock(path, thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return "live"
-    except OSError:
-        return "unknown"
-    try:
-        # The owner removed it since it was read, and taking the lock made an empty one in its place.
-        with suppress(FileNotFoundError):
-            if content and path.stat().st_size == 0:
-                system.unlink(path)
-    finally:
-        lock.release()
-    return "dead" if is_signed else "unknown"
-
-
-def remove_dead_lease(path: Path) -> bool:
-    """Remove a lease unless somebody holds it; returns whether it went.
-
-    It goes while it is locked here: an owner-to-be that waits for it then sees that it is gone, and makes a new one.
-    """
-    lock = FileLock(path, thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):
-        return False
-    try:
-        system.unlink(path)
-    finally:
-        lock.release()
-    return True
-
-
-def _is_of_this_machine(content: bytes) -> bool:
-    """Whether a lease was signed here, in this boot or in one before, of which no process is left."""
-    try:
-        signed, here = orjson.loads(content), _this_machine()
-        boots = {signed["boot_id"], here["boot_id"]}
-        return bool(signed["host"] == here["host"] and (len(boots) == 1 or all(boots)))
-    except (ValueError, TypeError, KeyError):
-        return False
-
-
-def _is_unsigned(content: bytes) -> bool:
-    """Whether nothing stands in a lease, or the beginning of what this machine would sign."""
-    return orjson.dumps(_this_machine())[:-1].startswith(content)
-
-
-@functools.cache
-def _this_machine() -> dict[str, str]:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = ""
-    return {"host": socket.gethostname(), "boot_id": boot}

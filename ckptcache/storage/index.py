@@ -27,7 +27,7 @@ from ckptcache.metadata import (
     check_name,
     is_valid_id,
 )
-from ckptcache.storage import fs
+from ckptcache.storage import fs, locks
 from ckptcache.values import check_depth, content_hash, encode_float, jsonable
 
 log = logging.getLogger("ckptcache")
@@ -477,10 +477,10 @@ class IndexFile:
         return status.st_ino, status.st_mtime_ns, status.st_size
 
     @contextmanager
-    def held(self, *, timeout: float = fs.LOCK_TIMEOUT) -> Iterator[None]:
+    def held(self, *, timeout: float = locks.LOCK_TIMEOUT) -> Iterator[None]:
         """Hold the lock; whatever is read inside stays true until it is left."""
         fs.ensure_folder(self.root)
-        with fs.locked(self.lock, timeout=timeout):
+        with locks.locked(self.lock, timeout=timeout):
             yield
 
     def commit(self, index: Index, *, writer: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from blake3 import blake3
 
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint
 from ckptcache.storage import fs
+from ckptcache.storage.behind import IN_HAND, behind
 
 _BLOCK = 1 << 20
 
@@ -58,24 +60,41 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def measure(file: BinaryIO) -> Written:
     """Size and digest of what is left to read of an open file."""
     hasher, size = blake3(), 0
-    # Into the same memory again and again: fresh pages for each block cost as much as the digest.
-    block = memoryview(bytearray(_BLOCK))
-    while length := cast(io.BufferedReader, file).readinto(block):
-        hasher.update(block[:length])
-        size += length
+    with behind(hasher.update) as digest:
+        for block in _blocks(cast(io.BufferedReader, file)):
+            digest(block)
+            size += len(block)
     return Written(size, f"blake3:{hasher.hexdigest()}")
 
 
+def _blocks(file: io.BufferedReader) -> Iterator[memoryview]:
+    """What is left to read of a file, read into the same memory again and again, as fresh pages cost as much."""
+    for buffer in itertools.cycle([memoryview(bytearray(_BLOCK)) for _ in range(IN_HAND)]):
+        if not (length := file.readinto(buffer)):
+            return
+        yield buffer[:length]
+
+
 def verify_open(file: BinaryIO, path: Path, size: int | None, digest: str | None) -> Written:
-    """`verify` for a file that is open, so that what is read afterwards is what was verified; it stands at 0 then."""
+    """`verify` for a file that is open."""
+    check_length(file, path, size)
+    measured = measure(file)
+    check_digest(measured, path, digest)
+    return measured
+
+
+def check_length(file: BinaryIO, path: Path, size: int | None) -> int:
+    """The length of an open file, which stands at its beginning then; CheckpointDamaged if it isn't `size`, or is 0."""
     length = file.seek(0, io.SEEK_END)
     file.seek(0)
     if length == 0:
         raise CheckpointDamaged(path=path, reason="it is empty")
     if size is not None and length != size:
         raise CheckpointDamaged(path=path, reason=f"it has {length} bytes, and its record says {size}")
-    measured = measure(file)
+    return length
+
+
+def check_digest(measured: Written, path: Path, digest: str | None) -> None:
+    """Raises CheckpointDamaged when what was measured isn't what a record says, if it says anything."""
     if digest is not None and measured.digest != digest:
         raise CheckpointDamaged(path=path, reason="its content differs from the digest in its record")
-    file.seek(0)
-    return measured

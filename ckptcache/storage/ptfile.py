@@ -5,18 +5,21 @@ level under their own names, and `HEADER` holds the format and the record.
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, BinaryIO, cast
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import torch
 from blake3 import blake3
 
-from ckptcache.errors import CheckpointDamaged, NotACheckpoint, UnsafeCheckpoint
-from ckptcache.storage import audit, fs, ptplan
-from ckptcache.storage.integrity import Written, opened, verify_open
+from ckptcache.errors import CheckpointDamaged, CkptCacheError, NotACheckpoint, UnsafeCheckpoint
+from ckptcache.storage import audit, fs, ptimage, ptplan
+from ckptcache.storage.integrity import Written, check_digest, check_length, opened
+from ckptcache.storage.ptimage import Image, Place
 from ckptcache.storage.ptplan import Plan as Plan
 from ckptcache.storage.ptplan import Unplannable as Unplannable
 
@@ -132,7 +135,8 @@ class Content:
 def read(path: Path, *, size: int | None = None, digest: str | None = None) -> Content:
     """Verify a file against `size` and `digest` where they are known, check its directory, and decode it.
 
-    Verification and decoding go through one open file, so that what is decoded is what was verified.
+    The file is read once, into memory: what is decoded is what was verified, and the tensors own the memory that it was
+    read into. That takes no more than the file's size.
 
     Raises:
         FileNotFoundError: it is gone.
@@ -140,11 +144,12 @@ def read(path: Path, *, size: int | None = None, digest: str | None = None) -> C
         NotACheckpoint: it isn't torch's zip format, holds no mapping, or the system or memory forbid reading it.
         UnsafeCheckpoint: it holds more than tensors and plain values.
     """
-    with opened(path) as file:
-        measured = verify_open(file, path, size, digest)
-        entries = audit.check_archive(file, path, measured.size)
-        audit.check_pickle(file, path, entries, measured.size, vouched=digest is not None)
-        payload = _decode(file, path)
+    image, measured = _image(path, size)
+    check_digest(measured, path, digest)
+    file = cast(BinaryIO, image)
+    entries = audit.check_archive(file, path, measured.size)
+    audit.check_pickle(file, path, entries, measured.size, vouched=digest is not None)
+    payload = _decode(image, path, hand_over=_is_as_read(image, entries))
     if not isinstance(payload, dict):
         raise NotACheckpoint(path=path, reason=f"it holds a {type(payload).__name__}, not a mapping of named parts")
     if set(getattr(payload, "__dict__", ())) - {"_metadata"}:
@@ -157,15 +162,51 @@ def read(path: Path, *, size: int | None = None, digest: str | None = None) -> C
     return Content(_from_foreign(payload), None, measured.size, measured.digest)
 
 
+def _image(path: Path, size: int | None) -> tuple[Image, Written]:
+    """A file's bytes, laid out by what it says of itself, of which nothing is believed before it is verified."""
+    with opened(path) as file:
+        length = check_length(file, path, size)
+        try:
+            return ptimage.read(file, _places(file, path, length), length)
+        except (EOFError, MemoryError, RuntimeError) as error:
+            raise _failure(error, path) from error
+
+
+def _places(file: BinaryIO, path: Path, length: int) -> list[Place]:
+    try:
+        return ptimage.places(file, audit.check_archive(file, path, length), length)
+    except (CkptCacheError, ValueError):
+        return []  # what is wrong with it is said once it is known whether it is damaged
+
+
+def _is_as_read(image: Image, entries: Mapping[str, ZipInfo]) -> bool:
+    """Whether what was taken for tensors is that in what was read, and in the order of bytes that this machine has."""
+    file = cast(BinaryIO, image)
+    orders = [entry for name, entry in entries.items() if name.endswith("/byteorder")]
+    try:
+        with ZipFile(file) as archive:
+            is_ours = [archive.read(entry) for entry in orders] == [sys.byteorder.encode()]
+        return is_ours and {place.offset for place in ptimage.places(file, entries, image.size)} == image.offsets
+    except (BadZipFile, ValueError, EOFError):
+        return False
+
+
 def _check_format(version: Any, path: Path) -> None:
     if not isinstance(version, int) or version > FORMAT:
         reason = f"it is in format {version!r}, and this ckptcache knows {FORMAT}: install a newer one"
         raise NotACheckpoint(path=path, reason=reason)
 
 
-def _decode(file: BinaryIO, path: Path) -> Any:
+def _decode(image: Image, path: Path, *, hand_over: bool) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        image.seek(0)
+        if hand_over:
+            with image.handing_over():
+                payload = torch.load(cast(BinaryIO, image), map_location=image.claim, weights_only=True)
+            if not image.left_unclaimed:
+                return payload
+            image.seek(0)
+        return torch.load(cast(BinaryIO, image), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UnsafeCheckpoint(path=path, reason=_refused(str(error))) from error
     except Exception as error:

@@ -5,11 +5,13 @@ torch writes the file's outline itself, over gaps that it leaves for the stored 
 then go from where they are into the file, without a checksum that nothing reads: the digest is the check.
 """
 
-import queue
+import ctypes
+import itertools
+import mmap
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
 
@@ -17,10 +19,11 @@ import torch
 from blake3 import blake3
 
 from ckptcache.storage import fs
+from ckptcache.storage.behind import IN_HAND, behind
 from ckptcache.storage.integrity import Written
 
-_BLOCK = 8 << 20
-"""Bytes that are digested and written at once."""
+_BLOCK = 16 << 20
+"""Bytes that are digested and written at once; a file that has no more goes through the system's cache."""
 _SMALL = 1 << 16
 """What is shorter is gathered: a system call costs more than its copy."""
 
@@ -160,16 +163,17 @@ torch.serialization.register_package(-id(_notice), cast(Any, _notice), cast(Any,
 def write(file: fs.TempFile, plan: Plan) -> Written:
     """Write what is planned, unsynced, its room on the disk reserved first; digested as it goes by.
 
+    Beside the state it takes memory for three blocks, and where there is none, it does without.
+
     Raises:
         OSError: the system refused; a full disk does so before anything is written, where room can be reserved.
         RuntimeError: a storage was resized since it was planned.
     """
     file.reserve(plan.size)
-    with _Digest(alone=plan.size <= _BLOCK) as digest:
-        for block in blocks(plan):
-            digest.update(block)
-            file.write(block)
-    return Written(plan.size, digest.result)
+    buffers = _buffers() if plan.size > _BLOCK else []
+    if buffers and file.pass_cache_by():
+        return _put_out(file, plan.size, _filled(buffers, plan))
+    return _put_out(file, plan.size, blocks(plan))
 
 
 def write_image(file: fs.TempFile, image: memoryview, *, between_blocks: Callable[[], None] | None = None) -> Written:
@@ -177,20 +181,58 @@ def write_image(file: fs.TempFile, image: memoryview, *, between_blocks: Callabl
 
     Args:
         file: new and empty.
-        image: all of the file's bytes, as a plan lays them out; they must not change meanwhile.
+        image: all of the file's bytes, as a plan lays them out, in memory that begins at a page, or it takes longer;
+            they must not change meanwhile.
         between_blocks: called before each block; what it raises ends the writing.
 
     Raises:
         OSError: the system refused; a full disk does so before anything is written, where room can be reserved.
     """
     file.reserve(len(image))
-    with _Digest(alone=len(image) <= _BLOCK) as digest:
-        for start in range(0, len(image), _BLOCK):
-            if between_blocks is not None:
-                between_blocks()
-            digest.update(image[start : start + _BLOCK])
-            file.write(image[start : start + _BLOCK])
-    return Written(len(image), digest.result)
+    if len(image) > _BLOCK:
+        file.pass_cache_by()
+    return _put_out(file, len(image), _cut(image, between_blocks))
+
+
+def _cut(image: memoryview, between_blocks: Callable[[], None] | None) -> Iterator[memoryview]:
+    for start in range(0, len(image), _BLOCK):
+        if between_blocks is not None:
+            between_blocks()
+        yield image[start : start + _BLOCK]
+
+
+def _put_out(file: fs.TempFile, size: int, blocks: Iterable[memoryview]) -> Written:
+    """Digest each block while the one before it is written, which leaves the processor idle for the most part."""
+    digest = blake3()
+    with behind(file.write) if size > _BLOCK else nullcontext(file.write) as put:
+        for block in blocks:
+            digest.update(block)
+            put(block)
+    return Written(size, f"blake3:{digest.hexdigest()}")
+
+
+def _buffers() -> list[memoryview]:
+    """Memory that begins at a page, for all blocks that are there at once; less where there is little, or none."""
+    for size in (_BLOCK, _BLOCK // 4, _BLOCK // 16):
+        with suppress(OSError, MemoryError):
+            return [memoryview(mmap.mmap(-1, size)) for _ in range(IN_HAND)]
+    return []
+
+
+def _filled(buffers: Sequence[memoryview], plan: Plan) -> Iterator[memoryview]:
+    """The planned file from its beginning to its end, copied into one buffer after the other."""
+    free = itertools.cycle(buffers)
+    buffer, filled = next(free), 0
+    for piece in _pieces(plan):
+        while piece:
+            part = piece[: len(buffer) - filled]
+            buffer[filled : filled + len(part)] = part
+            piece, filled = piece[len(part) :], filled + len(part)
+            if filled == len(buffer):
+                yield buffer
+                buffer, filled = next(free), 0
+    if filled:
+        yield buffer[:filled]
 
 
 def blocks(plan: Plan) -> Iterator[memoryview]:
@@ -212,55 +254,22 @@ def _pieces(plan: Plan) -> Iterator[memoryview]:
     entries: list[tuple[int, bytes | Placed]] = [*plan.between, *((placed.offset, placed) for placed in plan.storages)]
     for _, content in sorted(entries, key=lambda entry: entry[0]):
         if isinstance(content, Placed):
-            yield from _bytes_of(content)
+            yield from _bytes_in(content)
         else:
             for start in range(0, len(content), _BLOCK):
                 yield memoryview(content)[start : start + _BLOCK]
 
 
-def _bytes_of(placed: Placed) -> Iterator[memoryview]:
+def _bytes_in(placed: Placed) -> Iterator[memoryview]:
     if placed.storage.nbytes() != placed.length:
         raise RuntimeError(f"a tensor was resized while it was saved, from {placed.length} bytes")
     data = torch.empty(0, dtype=torch.uint8, device=placed.storage.device).set_(placed.storage)
     for start in range(0, placed.length, _BLOCK):
-        yield data[start : start + _BLOCK].cpu().numpy().data
+        yield bytes_of(data[start : start + _BLOCK].cpu())
 
 
-class _Digest:
-    """blake3 of the blocks that pass by, in a thread beside the one that writes them.
-
-    The same pages in two threads take less of the processor than blake3's own threads before each write.
-    """
-
-    def __init__(self, *, alone: bool) -> None:
-        self._hash = blake3()
-        # Few at a time: what comes from another device is a copy.
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
-        self._thread = None if alone else threading.Thread(target=self._run, name="ckptcache-digest")
-
-    def __enter__(self) -> "_Digest":
-        if self._thread is not None:
-            try:
-                self._thread.start()
-            except RuntimeError:
-                self._thread = None  # no more threads: the interpreter is ending, or the system's limit is reached
-        return self
-
-    def update(self, block: memoryview) -> None:
-        if self._thread is None:
-            self._hash.update(block)
-        else:
-            self._queue.put(block)
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (block := self._queue.get()) is not None:
-            self._hash.update(block)
-
-    @property
-    def result(self) -> str:
-        return f"blake3:{self._hash.hexdigest()}"
+def bytes_of(data: torch.Tensor) -> memoryview:
+    """The memory of a tensor of bytes on the CPU. `Tensor.numpy` would leave a storage that can't be resized."""
+    array: Any = (ctypes.c_char * len(data)).from_address(data.data_ptr())
+    array.tensor = data  # lives as long as any view of it
+    return memoryview(array).cast("B")

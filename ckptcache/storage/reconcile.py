@@ -16,7 +16,7 @@ import orjson
 
 from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, NotACheckpoint
 from ckptcache.metadata import CheckpointMetadata, is_valid_id
-from ckptcache.storage import fs
+from ckptcache.storage import fs, locks
 from ckptcache.storage.index import INDEX_NAME, Index, IndexFile, parse, read_index_bytes, serialise
 from ckptcache.storage.layout import Layout
 
@@ -211,9 +211,9 @@ def _leftover_sidecar(id: str, index: Index, found: Collection[str]) -> str | No
     return None if f"{id}.pt" in found or not is_valid_id(id) else "a sidecar without checkpoint or record"
 
 
-def writer_state(layout: Layout, temp_name: str) -> fs.LeaseState:
+def writer_state(layout: Layout, temp_name: str) -> locks.LeaseState:
     """Whether the writer named in a temporary file's name still lives."""
-    states = {fs.lease_state(layout.lease(writer)) for writer in _possible_writers(temp_name)}
+    states = {locks.lease_state(layout.lease(writer)) for writer in _possible_writers(temp_name)}
     return next((state for state in ("live", "unknown", "dead") if state in states), "unknown")
 
 
@@ -224,10 +224,10 @@ def _possible_writers(temp_name: str) -> Iterator[str]:
     return (ending for ending in endings if is_valid_id(ending))
 
 
-def leases(layout: Layout) -> dict[str, fs.LeaseState]:
+def leases(layout: Layout) -> dict[str, locks.LeaseState]:
     """The state of every session's and writer's lease that has a file."""
     owners = (name.removesuffix(".lock") for name in fs.names(layout.sessions) if name.endswith(".lock"))
-    return {owner: fs.lease_state(layout.lease(owner)) for owner in owners if is_valid_id(owner)}
+    return {owner: locks.lease_state(layout.lease(owner)) for owner in owners if is_valid_id(owner)}
 
 
 # --- acting --------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def tidy(seen: Observed, file: IndexFile, layout: Layout) -> list[Path]:
             quarantine(path, layout, reason=reason)
     for path in dead:
         with suppress(OSError):
-            fs.remove_dead_lease(path)
+            locks.remove_dead_lease(path)
     return removed
 
 

@@ -231,6 +231,14 @@ def test_a_copy_that_fails_ends_in_its_thread_and_lets_the_step_go():
     found.settle()
 
 
+def test_the_tensors_can_still_be_resized_afterwards():
+    objects = {"w": torch.ones(5000)}
+    found = staged(objects)
+    copied(found)
+    found.confirm()
+    objects["w"].untyped_storage().resize_(10)
+
+
 def test_a_forked_child_waits_for_nobody():
     model, optimizer = trained()
     found = staged({"model": model, "optimizer": optimizer})

@@ -5,26 +5,21 @@ import socket
 import stat
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 
-from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable, LockTimeout, NotACheckpoint
+from ckptcache.errors import CacheDirIsFile, CacheDirNotWritable, NotACheckpoint
 from ckptcache.storage import fs
 from tests.faults import (
     CountingSystem,
     FailingSystem,
     KillingSystem,
-    end_of,
     run_child,
-    start_child,
     swapped,
-    wait_for,
 )
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EACCES]
@@ -99,12 +94,8 @@ def test_a_kill_at_any_operation_leaves_the_old_content_or_the_new(tmp_path: Pat
 def test_files_follow_the_umask(tmp_path: Path, umask: None) -> None:
     fs.write_atomically(tmp_path / "f", b"", writer="w")
     fs.ensure_folder(tmp_path / "a" / "b")
-    with fs.locked(tmp_path / "lock"):
-        pass
-    lease = fs.Lease(tmp_path / "lease.lock")
-    assert [mode_of(tmp_path / name) for name in ("f", "lock", "lease.lock")] == [0o640] * 3
+    assert mode_of(tmp_path / "f") == 0o640
     assert [mode_of(tmp_path / name) for name in ("a", "a/b")] == [0o750] * 2
-    lease.release()
 
 
 def test_a_temporary_file_is_never_written_through_a_link_or_over_another(tmp_path: Path) -> None:
@@ -367,198 +358,6 @@ def test_a_move_is_durable_on_both_sides(tmp_path: Path) -> None:
         fs.move(tmp_path / "f", tmp_path / "a" / "g")
     assert counting.operations == ["replace", "fsync_folder", "fsync_folder"]
     assert (tmp_path / "a" / "g").read_bytes() == b"abc"
-
-
-# --- locks ---------------------------------------------------------------------------------------
-
-
-def hold(lock: Path, signs: Path) -> None:
-    """Hold `lock` until the file `release` appears among the signs."""
-    with fs.locked(lock):
-        (signs / "held").touch()
-        wait_for(signs / "release")
-
-
-def test_a_lock_that_another_process_keeps_times_out_by_name_and_is_free_after_its_death(tmp_path: Path) -> None:
-    lock = tmp_path / "the.lock"
-    child = start_child(lambda: hold(lock, tmp_path))
-    wait_for(tmp_path / "held")
-    with pytest.raises(LockTimeout, match=r"the\.lock for more than 0\.05 seconds"), fs.locked(lock, timeout=0.05):
-        pytest.fail("it was held")
-    os.kill(child, signal.SIGKILL)
-    assert end_of(child) == -signal.SIGKILL
-    with fs.locked(lock, timeout=5):
-        pass
-    assert lock.exists()
-
-
-def count_up(lock: Path, counter: Path, times: int) -> None:
-    for _ in range(times):
-        with fs.locked(lock):
-            number = int(counter.read_text())
-            time.sleep(0)
-            counter.write_text(str(number + 1))
-
-
-def test_two_processes_exclude_each_other(tmp_path: Path) -> None:
-    counter = tmp_path / "counter"
-    counter.write_text("0")
-    children = [start_child(lambda: count_up(tmp_path / "lock", counter, 200)) for _ in range(2)]
-    assert [end_of(child) for child in children] == [0, 0]
-    assert counter.read_text() == "400"
-
-
-def test_threads_exclude_each_other(tmp_path: Path) -> None:
-    counter = tmp_path / "counter"
-    counter.write_text("0")
-    threads = [threading.Thread(target=count_up, args=(tmp_path / "lock", counter, 100)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert counter.read_text() == "300"
-
-
-def test_a_lock_held_by_one_thread_delays_no_other_lock_and_no_forked_child(tmp_path: Path) -> None:
-    thread = threading.Thread(target=hold, args=(tmp_path / "long", tmp_path))
-    thread.start()
-    wait_for(tmp_path / "held")
-    try:
-        with fs.locked(tmp_path / "short", timeout=5):
-            pass
-        with pytest.raises(LockTimeout), fs.locked(tmp_path / "long", timeout=0.05):
-            pytest.fail("it was held")
-
-        def other_lock() -> None:
-            signal.alarm(10)
-            with fs.locked(tmp_path / "short", timeout=5):
-                pass
-
-        assert run_child(other_lock) == 0
-    finally:
-        (tmp_path / "release").touch()
-        thread.join()
-
-
-# --- leases --------------------------------------------------------------------------------------
-
-
-def keep_lease(path: Path, signs: Path, *, with_child: bool) -> None:
-    lease = fs.Lease(path)
-    if with_child:
-        pid = start_child(lambda: wait_for(signs / "release"))
-        (signs / "grandchild").write_text(str(pid))
-    (signs / "ready").touch()
-    wait_for(signs / "release")
-    lease.release()
-
-
-@pytest.mark.parametrize("with_child", [False, True])
-def test_a_lease_lives_as_long_as_its_owner(tmp_path: Path, with_child: bool) -> None:
-    path = tmp_path / "s.lock"
-    owner = start_child(lambda: keep_lease(path, tmp_path, with_child=with_child))
-    try:
-        wait_for(tmp_path / "ready")
-        assert fs.lease_state(path) == "live"
-        os.kill(owner, signal.SIGKILL)
-        assert end_of(owner) == -signal.SIGKILL
-        if with_child:
-            os.kill(int((tmp_path / "grandchild").read_text()), 0)  # it lives on
-        assert fs.lease_state(path) == "dead"
-        assert path.exists()
-    finally:
-        (tmp_path / "release").touch()
-
-
-def test_a_lease_given_back_is_dead_and_leaves_no_file(tmp_path: Path) -> None:
-    path = tmp_path / "s.lock"
-    lease = fs.Lease(path)
-    assert fs.lease_state(path) == "live"
-    assert run_child(lease.release) == 0
-    assert fs.lease_state(path) == "live"  # a child can't give it back
-    lease.release()
-    lease.release()
-    assert fs.lease_state(path) == "dead"
-    assert names(tmp_path) == []
-
-
-def test_a_lease_given_back_while_it_is_looked_at_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "s.lock"
-    lease = fs.Lease(path)
-    read = fs.read_bytes
-
-    def read_then_release(path: Path, *, limit: int) -> bytes:
-        data = read(path, limit=limit)
-        lease.release()
-        return data
-
-    monkeypatch.setattr(fs, "read_bytes", read_then_release)
-    assert fs.lease_state(path) == "dead"
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("changed", "state"),
-    [({"host": "elsewhere"}, "unknown"), ({"boot_id": "earlier"}, "dead"), ({"boot_id": ""}, "unknown")],
-    ids=str,
-)
-def test_a_lease_of_another_machine_is_unknown_and_one_of_an_earlier_boot_is_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], state: str
-) -> None:
-    monkeypatch.setattr(fs, "_this_machine", lambda: {"host": "here", "boot_id": "now"})
-    path = tmp_path / "s.lock"
-    lease = fs.Lease(path)
-    content = orjson.loads(path.read_bytes())
-    lease.release()
-    path.write_bytes(orjson.dumps({**content, **changed}))
-    assert fs.lease_state(path) == state
-
-
-@pytest.mark.parametrize("length", [0, 1, 20])
-def test_a_lease_whose_owner_died_while_signing_is_unknown_and_live_until_then(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "s.lock"
-    lease = fs.Lease(path)
-    path.write_bytes(path.read_bytes()[:length])
-    assert fs.lease_state(path) == "live"
-    assert not fs.remove_dead_lease(path)
-    content = path.read_bytes()
-    lease.release()
-    path.write_bytes(content)
-    assert fs.lease_state(path) == "unknown"
-    assert path.read_bytes() == content, "looking changes nothing"
-
-
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff" * 5000], ids=lambda c: repr(c[:4]))
-def test_a_lease_that_cannot_be_read_is_unknown(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "s.lock").write_bytes(content)
-    assert fs.lease_state(tmp_path / "s.lock") == "unknown"
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root to become somebody else")
-def test_a_lease_that_may_not_be_tried_is_unknown(tmp_path: Path) -> None:
-    path = tmp_path / "s.lock"
-    fs.Lease(path)
-    path.chmod(0o444)
-    tmp_path.chmod(0o755)
-
-    def body() -> None:
-        os.chdir(tmp_path)
-        os.setuid(65534)
-        assert Path("s.lock").read_bytes()
-        assert fs.lease_state(Path("s.lock")) == "unknown"
-
-    assert run_child(body) == 0
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
-def test_a_lease_that_cannot_be_signed_is_not_kept(tmp_path: Path, error: int) -> None:
-    for operation in ("overwrite", "write"):
-        with swapped(FailingSystem(0, error, operation)) as failing, pytest.raises(OSError):
-            fs.Lease(tmp_path / "s.lock")
-        assert failing.hit
-        assert names(tmp_path) == []
 
 
 def test_what_goes_aside_to_another_file_system_is_copied_whole(tmp_path: Path) -> None:

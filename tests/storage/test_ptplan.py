@@ -1,9 +1,14 @@
 import errno
+import fcntl
 import io
 import mmap
+import os
 import struct
+import sys
+import tempfile
 import threading
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +105,13 @@ def test_a_plan_says_where_each_storage_stands_and_reads_none(tmp_path):
     assert all(data[at : at + len(piece)] == piece for at, piece in plan.between)
 
 
+def test_a_tensor_that_was_saved_can_still_grow(tmp_path):
+    payload = {"small": torch.ones(3), "large": torch.ones(5 * MIB)}
+    written(tmp_path / "a.pt", payload)
+    assert all(tensor.untyped_storage().resizable() for tensor in payload.values())
+    assert payload["large"].resize_(6 * MIB)[5 * MIB - 1] == 1
+
+
 def test_the_same_state_is_planned_alike():
     state = {"model": {"w": torch.ones(5), "sparse": torch.eye(3).to_sparse()}}
     plans = [ptfile.plan(state, RECORD) for _ in range(2)]
@@ -117,7 +129,7 @@ def test_sparse_tensors_come_back(tmp_path, layout):
     assert torch.equal(read.to_dense(), dense)
 
 
-AROUND_A_BLOCK = [1, (1 << 16) - 1, 1 << 16, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1, 20 * MIB]
+AROUND_A_BLOCK = [1, (1 << 16) - 1, 1 << 16, 16 * MIB - 1, 16 * MIB, 16 * MIB + 4097, 50 * MIB]
 
 
 @pytest.mark.parametrize("size", AROUND_A_BLOCK)
@@ -138,6 +150,120 @@ def test_where_no_thread_can_be_started_the_digest_is_taken_all_the_same(tmp_pat
     monkeypatch.setattr(threading.Thread, "start", refused)
     measured = written(tmp_path / "a.pt", {"w": torch.ones(5 * MIB)})
     assert integrity.digest_of(tmp_path / "a.pt") == measured
+
+
+class Watched(fs.System):
+    """Notes the length of each write and whether it passes the system's cache by."""
+
+    def __init__(self):
+        self.writes = []
+
+    def write(self, fd, data):
+        self.writes.append((len(data), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)))
+        return super().write(fd, data)
+
+
+class Cached(fs.System):
+    """A file system that only writes through the cache."""
+
+    def direct(self, fd, on):
+        return False
+
+
+class Picky(Watched):
+    """A file system that takes the flag, and then wants other multiples than any there are."""
+
+    def write(self, fd, data):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return super().write(fd, data)
+
+
+LARGE = {"long": torch.arange(20 * MIB, dtype=torch.int16), "short": torch.ones(3)}
+WAYS = {
+    "from tensors": lambda path: written(path, LARGE),
+    "from an image": lambda path: image_written(path, image_of(ptplan.plan(LARGE))),
+}
+
+
+def passes_the_cache_by(folder):
+    temp = fs.TempFile(folder / "probe", "w1")
+    able = temp.pass_cache_by()
+    temp.discard()
+    return able
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_large_file_passes_the_cache_by_except_for_its_end(tmp_path, way):
+    if not passes_the_cache_by(tmp_path):
+        pytest.skip("this file system only writes through the cache")
+    with swapped(Watched()) as watched:
+        measured = WAYS[way](tmp_path / "a.pt")
+    *blocks, end, rest = watched.writes
+    assert blocks == [(16 * MIB, True)] * 2
+    assert (end[1], rest[1], rest[0]) == (True, False, measured.size % 4096)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("system", [fs.System, Cached, Picky])
+def test_the_bytes_are_the_same_whatever_the_file_system_can(tmp_path, way, system):
+    with swapped(system()):
+        measured = WAYS[way](tmp_path / "a.pt")
+    assert integrity.digest_of(tmp_path / "a.pt") == measured
+    assert entries((tmp_path / "a.pt").read_bytes()) == entries(by_torch(LARGE))
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a file system in memory")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_system_in_memory_takes_it_too(way):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        measured = WAYS[way](Path(folder) / "a.pt")
+        assert integrity.digest_of(Path(folder) / "a.pt") == measured
+
+
+def test_an_image_may_begin_anywhere(tmp_path):
+    whole = image_of(ptplan.plan(LARGE))
+    elsewhere = memoryview(bytearray(len(whole) + 1))[1:]
+    elsewhere[:] = whole
+    assert image_written(tmp_path / "a.pt", elsewhere) == written(tmp_path / "b.pt", LARGE)
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3, 6, 99])
+def test_with_little_memory_the_buffers_are_smaller_or_none(tmp_path, monkeypatch, refused):
+    real, calls = mmap.mmap, []
+
+    def stingy(*arguments):
+        calls.append(arguments)
+        if len(calls) <= refused:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(ptplan.mmap, "mmap", stingy)
+    measured = written(tmp_path / "a.pt", LARGE)
+    assert calls
+    assert integrity.digest_of(tmp_path / "a.pt") == measured
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path):
+    with swapped(FailingSystem(at=0, error=errno.ENOSPC, operation="reserve")) as failing:
+        temp = fs.TempFile(tmp_path / "a.pt", "w1")
+        with pytest.raises(OSError, match="No space left"):
+            ptplan.write_image(temp, image_of(ptplan.plan(LARGE)))
+        temp.discard()
+    assert failing.operations == ["create", "reserve", "unlink"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_failure_of_any_write_is_told_and_leaves_no_thread(tmp_path, way):
+    with swapped(CountingSystem()) as counting:
+        WAYS[way](tmp_path / "whole.pt")
+    before = threading.active_count()
+    for at, operation in enumerate(counting.operations[:-2]):
+        with swapped(FailingSystem(at, errno.EIO)), pytest.raises(OSError, match="Input/output"):
+            WAYS[way](tmp_path / f"{at}.pt")
+        assert operation in ("create", "reserve", "direct", "write")
+        assert threading.active_count() == before
 
 
 def test_no_thread_is_left_when_a_write_fails_halfway(tmp_path):
@@ -225,9 +351,9 @@ def image_of(plan):
     return memoryview(image)
 
 
-def image_written(path, image, **options):
+def image_written(path, image):
     temp = fs.TempFile(path, "w1")
-    measured = ptplan.write_image(temp, image, **options)
+    measured = ptplan.write_image(temp, image)
     temp.sync()
     temp.publish()
     return measured
@@ -250,15 +376,14 @@ def test_the_writing_of_an_image_can_be_given_up_between_blocks(tmp_path):
     image, calls, threads = memoryview(mmap.mmap(-1, 50 * MIB)), [], threading.active_count()
 
     def enough():
-        calls.append(temp.path.stat().st_size)
+        calls.append(1)
         if len(calls) == 3:
             raise InterruptedError
 
     temp = fs.TempFile(tmp_path / "a.pt", "w1")
     with pytest.raises(InterruptedError):
         ptplan.write_image(temp, image, between_blocks=enough)
-    assert calls[0] == 0
-    assert 0 < calls[1] < calls[2] < len(image)
+    assert temp.path.stat().st_size == 32 * MIB
     temp.discard()
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads

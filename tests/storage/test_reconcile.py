@@ -11,7 +11,7 @@ import pytest
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable
 from ckptcache.metadata import CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
-from ckptcache.storage import fs, reconcile
+from ckptcache.storage import fs, locks, reconcile
 from ckptcache.storage.index import Index, IndexFile, parse, serialise
 from ckptcache.storage.layout import Layout
 from ckptcache.storage.reconcile import (
@@ -236,10 +236,10 @@ def test_a_quarantine_that_was_cut_short_is_ended_and_deletes_nothing(full):
 LIVING = """
 import sys, time
 from pathlib import Path
-from ckptcache.storage import fs
+from ckptcache.storage import fs, locks
 
 root = Path(sys.argv[1])
-lease = fs.Lease(root / "sessions" / (sys.argv[2] + ".lock"))
+lease = locks.Lease(root / "sessions" / (sys.argv[2] + ".lock"))
 temp = fs.TempFile(root / "checkpoints" / "ckpt_new.pt", sys.argv[2])
 temp.write(b"half of it")
 (root / "ready").touch()
@@ -335,7 +335,7 @@ def test_half_written_summaries_of_the_dead_go_and_nobody_elses(full):
     others = [full.layout.root / name for name in ("training_summary.json.backup.tmp", "training_summary.json")]
     for path in (stale, living, *others):
         path.write_bytes(b"{")
-    lease = fs.Lease(full.layout.lease("writer_" + "a" * 12))
+    lease = locks.Lease(full.layout.lease("writer_" + "a" * 12))
     assert set(full.observe().leftovers) == {stale}
     assert full.tidy() == [stale]
     assert all(path.exists() for path in (living, *others))
@@ -384,7 +384,7 @@ def test_looking_changes_nothing(full):
     (full.layout.checkpoints / "ckpt_new.pt.gone.tmp").write_bytes(b"half")
     full.put("ckpt_uncommitted", commit=False)
     full.layout.checkpoint(A).unlink()
-    full.layout.lease("dead").write_bytes(orjson.dumps({**fs._this_machine(), "pid": 1}))
+    full.layout.lease("dead").write_bytes(orjson.dumps({**locks._this_machine(), "pid": 1}))
     before = listing(full.layout.root)
     for damage in (None, b"{", b""):
         if damage is not None:

@@ -1,0 +1,79 @@
+"""A second pair of hands: one thread that takes what another hands on, in order."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Worker(Generic[T]):
+    """Runs a function on one item after another; after a failure it runs it no more, and tells of it."""
+
+    def __init__(self, work: Callable[[T], object]) -> None:
+        self._work = work
+        self._items: queue.Queue[tuple[T] | None] = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="ckptcache-behind")
+
+    def start(self) -> None:
+        try:
+            if self._thread is not None:
+                self._thread.start()
+        except RuntimeError:
+            self._thread = None  # no more threads: the interpreter is ending, or the system's limit is reached
+
+    def put(self, item: T) -> None:
+        if self._thread is None:
+            self._work(item)
+            return
+        self._tell()
+        self._items.put((item,))
+
+    def finish(self) -> None:
+        self.stop()
+        self._tell()
+
+    def stop(self) -> None:
+        """Wait for what was handed on, whatever came of it."""
+        if self._thread is not None:
+            self._items.put(None)
+            self._thread.join()
+
+    def _tell(self) -> None:
+        error, self._error = self._error, None  # not to be held with all that its traceback holds
+        if error is not None:
+            raise error
+
+    def _run(self) -> None:
+        try:
+            while (item := self._items.get()) is not None:
+                self._work(item[0])
+        except BaseException as error:
+            self._error = error
+            while self._items.get() is not None:
+                pass
+
+
+IN_HAND = 3
+"""How many items there are at once: one being made, one handed on, one at work. With as many buffers, filled in turn,
+none is filled while it is still needed."""
+
+
+@contextmanager
+def behind(work: Callable[[T], object]) -> Iterator[Callable[[T], None]]:
+    """Have `work` done on one item after another in a thread, while the caller makes the next; yields what takes them.
+
+    It raises what `work` raised for an earlier item, and so does the end of the block, by which all is done. Where
+    no thread can be started, `work` is done at once.
+    """
+    worker = _Worker(work)
+    worker.start()
+    try:
+        yield worker.put
+    except BaseException:
+        worker.stop()
+        raise
+    worker.finish()
