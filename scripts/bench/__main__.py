@@ -127,7 +127,7 @@ def _module(name: str) -> Any:
 def _run(name: str, options: cases.Options, folder: str | None) -> list[cases.Result]:
     chosen = _module(name).cases(options)
     where = folder or tempfile.gettempdir()
-    needed = _CHECKPOINTS_AT_ONCE * max((case.size for case in chosen), default=0)
+    needed = _CHECKPOINTS_AT_ONCE * max((size for case in chosen for size in case.sizes), default=0)
     if needed > (free := shutil.disk_usage(where).free):
         parser().error(
             f"{name} takes up to {words.size(needed)} in {where}, where {words.size(free)} are free: --folder"
@@ -136,7 +136,7 @@ def _run(name: str, options: cases.Options, folder: str | None) -> list[cases.Re
 
 
 def _only(given: dict[str, Any], folder: Path) -> int:
-    case = cases.Case(**{**given, "names": tuple(given["names"])})
+    case = cases.Case(**{**given, "names": tuple(given["names"]), "sizes": tuple(given["sizes"])})
     # What peers print goes to stderr; of their warnings nobody here can do anything about.
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -148,8 +148,9 @@ def _only(given: dict[str, Any], folder: Path) -> int:
 
 
 def _tell(case: cases.Case) -> None:
-    size = f"{case.size} records" if case.benchmark == "index" else words.size(case.size)
-    print(f"{case.benchmark}: {', '.join(case.names)}, {size}", file=sys.stderr, flush=True)
+    shown = "{} records".format if case.benchmark == "index" else words.size
+    sizes = ", ".join(map(shown, case.sizes))
+    print(f"{case.benchmark}: {', '.join(case.names)}: {sizes}", file=sys.stderr, flush=True)
 
 
 def _machine_line(machine: dict[str, Any]) -> str:

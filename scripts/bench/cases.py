@@ -25,13 +25,13 @@ class Case:
 
     Attributes:
         names: what is measured, by the names that its benchmark knows; several where they take turns.
-        size: how many records, or about how many bytes of state.
+        sizes: how many records, or about how many bytes of state; several where one after another is measured.
         step: seconds that a training step is to take, where one is timed.
     """
 
     benchmark: str
     names: tuple[str, ...]
-    size: int
+    sizes: tuple[int, ...]
     repeats: int
     step: float = 0.0
 
@@ -65,12 +65,12 @@ def run(cases: Sequence[Case], folder: str | None, told: Callable[[Case], None])
             yield from json.loads(done.stdout)
         else:
             failed = f"failed with exit code {done.returncode}"
-            yield from ({**result(case, name), "failed": failed} for name in case.names)
+            yield from (result(case, name, size, failed=failed) for name in case.names for size in case.sizes)
 
 
-def result(case: Case, name: str, **figures: Any) -> Result:
+def result(case: Case, name: str, size: int, **figures: Any) -> Result:
     """A result of `case`."""
-    return {"benchmark": case.benchmark, "name": name, "size": case.size, "repeats": case.repeats, **figures}
+    return {"benchmark": case.benchmark, "name": name, "size": size, "repeats": case.repeats, **figures}
 
 
 def figures(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -31,23 +31,23 @@ ENVIRONMENT = {"python": "3.12.3", "platform": "linux", "torch": "2.13.0", "devi
 def cases(options: Options) -> list[Case]:
     """Every action at every size."""
     sizes = [size for size in (FULL_SIZES if options.full else SIZES) if options.most is None or size <= options.most]
-    return [Case("index", (name,), size, options.repeats or REPEATS) for size in sizes for name in ACTIONS]
+    return [Case("index", (name,), (size,), options.repeats or REPEATS) for size in sizes for name in ACTIONS]
 
 
 def measure(case: Case, folder: Path) -> list[Result]:
     """One action, in a cache that is made in `folder`."""
     # With a metric beyond [0, 1] each opening would print its warning.
     logging.getLogger("ckptcache").setLevel(logging.ERROR)
-    cache = folder / "cache"
-    make_cache(cache, case.size)
-    found = samples(ACTIONS[case.names[0]](cache, case.size), case.repeats)
+    cache, (count,) = folder / "cache", case.sizes
+    make_cache(cache, count)
+    found = samples(ACTIONS[case.names[0]](cache, count), case.repeats)
     columns = {
         "wall": [s.wall for s in found],
         "processor": [s.processor for s in found],
         "disk": [s.disk for s in found],
         "beyond_disk": [s.wall - s.disk for s in found],
     }
-    named = {"benchmark": "index", "name": case.names[0], "records": case.size, "repeats": case.repeats}
+    named = {"benchmark": "index", "name": case.names[0], "records": count, "repeats": case.repeats}
     return [{**named, **figures(columns)}]
 
 

@@ -29,13 +29,13 @@ def cases(options: Options) -> list[Case]:
     size = max(options.sizes or (SIZE,))
     names = options.peers or tuple(PEERS)
     groups = [names] if memory()[1] > STATES_TOGETHER * size else [(name,) for name in names]
-    return [Case("loop", group, size, options.repeats or REPEATS, options.step) for group in groups]
+    return [Case("loop", group, (size,), options.repeats or REPEATS, options.step) for group in groups]
 
 
 def measure(case: Case, folder: Path) -> list[Result]:
     """Rounds in which each peer has its turn; before and after each turn, a window without a save."""
     here = [name for name in case.names if missing(name) is None]
-    training = make_training(case.size)
+    training = make_training(case.sizes[0])
     calibrate(training, case.step)
     with ExitStack() as stack:
         peers = {name: PEERS[name](folder / name) for name in here}
@@ -171,11 +171,12 @@ def _median_step(turns: dict[str, Turns]) -> float:
 
 def _result(case: Case, name: str, training: Training, turns: Turns | None, step: float) -> Result:
     if turns is None:
-        return result(case, name, missing=missing(name))
+        return result(case, name, case.sizes[0], missing=missing(name))
     added = list(turns.added())
     return result(
         case,
         name,
+        case.sizes[0],
         bytes=training.nbytes,
         step_ms=round(1000 * step, 1),
         tokens=training.length,

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS, THEIRS, INK, GRID = "#d1570a", "#8c9aa8", "#424a53", "#e6eaee"
-LINES = ("#0969da", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#57606a", "#3192aa", "#a40e26")
+OURS, THEIRS, YARDSTICK, INK, GRID = "#d1570a", "#8c9aa8", "#d5dbe1", "#424a53", "#e6eaee"
+_LINES = ("#0969da", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#57606a", "#3192aa", "#a40e26")
 _SETTINGS: dict[str, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -94,7 +94,7 @@ def _bars(axes: "Axes", rows: list[Result], key: str, label: str) -> None:
         [max(v - q[0], 0) for v, q in zip(values, spread, strict=True)],
         [max(q[1] - v, 0) for v, q in zip(values, spread, strict=True)],
     ]
-    colours = [OURS if r["name"] in PEERS and PEERS[r["name"]].is_ours else THEIRS for r in rows]
+    colours = [_bar_colour(r) for r in rows]
     axes.barh([title(r) for r in rows], values, color=colours, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 0.8})
     for place, (value, (_, high)) in enumerate(zip(values, spread, strict=True)):
         axes.annotate(f" {shown(value)}", (max(value, high, 0), place), va="center", fontsize=8)
@@ -107,6 +107,10 @@ def _blocked_bars(axes: "Axes", rows: list[Result]) -> None:
     _bars(axes, rows, "blocked_ms", f"the loop stands still for a save, ms ({_size(rows)})")
 
 
+def _processor_bars(axes: "Axes", rows: list[Result]) -> None:
+    _bars(axes, rows, "added_processor_ms", f"processor time that a save adds to it, ms ({_size(rows)})")
+
+
 def _added_bars(axes: "Axes", rows: list[Result]) -> None:
     _bars(axes, rows, "added_ms", f"a save adds to a running loop, ms ({_size(rows)})")
 
@@ -115,31 +119,43 @@ def _restored_bars(axes: "Axes", rows: list[Result]) -> None:
     _bars(axes, rows, "warm_ms", f"a restore, page cache warm, ms ({_size(rows)})")
 
 
-def _growth(key: str, label: str) -> Any:
+def _bar_colour(row: Result) -> str:
+    if row.get("yardstick"):
+        return YARDSTICK
+    return OURS if PEERS[row["name"]].is_ours else THEIRS
+
+
+def _growth(key: str, label: str, *, has_legend: bool) -> Any:
     def draw_panel(axes: "Axes", rows: list[Result]) -> None:
-        names = list(dict.fromkeys(r["name"] for r in rows))
-        colours = iter(LINES * 3)
-        for name in names:
+        for name in dict.fromkeys(r["name"] for r in rows):
             own = sorted((r for r in rows if r["name"] == name), key=lambda r: r["bytes"])
-            style = _line_style(own[0])
-            colour = style.pop("color", None) or next(colours)
-            axes.plot(
-                [r["bytes"] / 1e6 for r in own], [r[key] for r in own], color=colour, label=title(own[0]), **style
-            )
+            axes.plot([r["bytes"] / 1e6 for r in own], [r[key] for r in own], label=title(own[0]), **_line(own[0]))
         axes.set(xscale="log", yscale="log", xlabel="state, MB", title=label)
-        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        if has_legend:
+            axes.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
         _plain(axes, "both")
 
     return draw_panel
 
 
-def _line_style(row: Result) -> dict[str, Any]:
+def _line(row: Result) -> dict[str, Any]:
+    name = row["name"]
     if row.get("yardstick"):
-        return {"color": INK, "linestyle": ":" if "DIRECT" in row["name"] else "--", "linewidth": 1.0}
-    if PEERS[row["name"]].is_ours:
-        blocking = "blocking" in row["name"]
-        return {"color": OURS, "marker": "o", "markersize": 4, "linewidth": 2.0, "linestyle": "--" if blocking else "-"}
-    return {"marker": ".", "linewidth": 1.0}
+        return {"color": INK, "linestyle": ":" if "DIRECT" in name else "--", "linewidth": 1.2}
+    if PEERS[name].is_ours:
+        return {
+            "color": OURS,
+            "linestyle": "--" if "blocking" in name else "-",
+            "linewidth": 2.0,
+            "marker": "o",
+            "ms": 4,
+        }
+    # By its place among all, so that it is the same in every panel.
+    theirs = [other for other, kind in PEERS.items() if not kind.is_ours]
+    return {"color": _LINES[theirs.index(name) % len(_LINES)], "linewidth": 1.0, "marker": "."}
 
 
 def _size(rows: list[Result]) -> str:
@@ -155,8 +171,9 @@ def _plain(axes: "Axes", grid: Any) -> None:
 _PANELS = (
     (_blocked, _blocked_bars),
     (_added, _added_bars),
-    (_growing("blocked_ms"), _growth("blocked_ms", "the loop stands still, ms")),
-    (_growing("durable_ms"), _growth("durable_ms", "until the checkpoint is durable, ms")),
     (_restored, _restored_bars),
+    (_added, _processor_bars),
+    (_growing("blocked_ms"), _growth("blocked_ms", "the loop stands still, ms", has_legend=False)),
+    (_growing("durable_ms"), _growth("durable_ms", "until the checkpoint is durable, ms", has_legend=True)),
 )
 """What each panel shows, and how it is drawn."""

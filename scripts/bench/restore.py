@@ -21,7 +21,7 @@ REPEATS = 3
 SIZE = parse_size("1.5GB")
 MAPPED, READ = "torch.load(mmap) + copy", "one read of the file"
 YARDSTICK = "mapped"
-LENGTH = 64
+LENGTH = 32
 """Tokens of the first step's sequence."""
 
 
@@ -29,16 +29,16 @@ def cases(options: Options) -> list[Case]:
     """Every peer that restores in a way of its own, and the yardstick."""
     size = max(options.sizes or (SIZE,))
     names = [name for name in (options.peers or PEERS) if PEERS[name].restores_like is None]
-    return [Case("restore", (name,), size, options.repeats or REPEATS) for name in (YARDSTICK, *names)]
+    return [Case("restore", (name,), (size,), options.repeats or REPEATS) for name in (YARDSTICK, *names)]
 
 
 def measure(case: Case, folder: Path) -> list[Result]:
     """One peer, or the yardstick."""
     name = case.names[0]
     if name != YARDSTICK and (module := missing(name)) is not None:
-        return [result(case, name, missing=module)]
+        return [result(case, name, case.sizes[0], missing=module)]
     with closing((_Mapped if name == YARDSTICK else PEERS[name])(folder / name)) as peer:
-        nbytes = _save_and_check(peer, case.size)
+        nbytes = _save_and_check(peer, case.sizes[0])
         rows = [_restores(case, peer, MAPPED if name == YARDSTICK else name)]
         if name == YARDSTICK:
             rows.append(_reads(case, peer))
@@ -88,8 +88,9 @@ class Restored:
 
 
 def _restores(case: Case, peer: Peer, name: str) -> Result:
-    warm = [_restore(peer, case.size, disk.read_once) for _ in range(case.repeats)]
-    cold = [_restore(peer, case.size, disk.forget) for _ in range(case.repeats)]
+    size = case.sizes[0]
+    warm = [_restore(peer, size, disk.read_once) for _ in range(case.repeats)]
+    cold = [_restore(peer, size, disk.forget) for _ in range(case.repeats)]
     columns = {
         "warm": [found.loaded for found in warm],
         "warm_step": [found.stepped for found in warm],
@@ -100,6 +101,7 @@ def _restores(case: Case, peer: Peer, name: str) -> Result:
     return result(
         case,
         name,
+        size,
         **figures(columns),
         memory_bytes=max(found.memory for found in warm) or None,
         verified=peer.verified and name in PEERS,
@@ -128,7 +130,7 @@ def _reads(case: Case, peer: Peer) -> Result:
         warm.append(meters.seconds(lambda: disk.read_once(peer.files())))
         disk.forget(peer.files())
         cold.append(meters.seconds(lambda: disk.read_once(peer.files())))
-    return result(case, READ, **figures({"warm": warm, "cold": cold}))
+    return result(case, READ, case.sizes[0], **figures({"warm": warm, "cold": cold}))
 
 
 # --- the table -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,27 +21,36 @@ from ckptcache.cli import tables
 REPEATS = 3
 SIZES = tuple(map(parse_size, ("10MB", "100MB", "500MB", "1.5GB")))
 FULL_SIZES = (*SIZES, *map(parse_size, ("3GB", "6GB")))
+TOGETHER_BELOW = 10**9
+"""States smaller than this share a process, which takes longer to start than they take to save."""
 RAW = "raw"
-LENGTH = 128
+LENGTH = 64
 """Tokens of a step's sequence."""
 
 
 def cases(options: Options) -> list[Case]:
     """Every peer, and the system by itself, at every size; the largest first, so that want of room shows soon."""
     sizes = options.sizes or (FULL_SIZES if options.full else SIZES)
+    small = tuple(sorted(size for size in sizes if size < TOGETHER_BELOW))
+    groups = [*((size,) for size in sorted(sizes, reverse=True) if size >= TOGETHER_BELOW), *([small] if small else [])]
     names = (RAW, *(options.peers or PEERS))
-    repeats = options.repeats or REPEATS
-    return [Case("save", (name,), size, repeats) for size in sorted(sizes, reverse=True) for name in names]
+    return [Case("save", (name,), group, options.repeats or REPEATS) for group in groups for name in names]
 
 
 def measure(case: Case, folder: Path) -> list[Result]:
     """One peer, or the yardsticks."""
     name = case.names[0]
-    if name == RAW:
-        return _yardsticks(case, folder)
-    if (module := missing(name)) is not None:
-        return [result(case, name, missing=module)]
-    return [_measure(case, name, folder)]
+    found: list[Result] = []
+    for size in case.sizes:
+        own = folder / f"{size}"
+        own.mkdir()
+        if name == RAW:
+            found += _yardsticks(case, size, own)
+        elif (module := missing(name)) is not None:
+            found.append(result(case, name, size, missing=module))
+        else:
+            found.append(_measure(case, name, size, own))
+    return found
 
 
 # --- a peer --------------------------------------------------------------------------------------
@@ -56,8 +66,8 @@ class Alone:
     processor: float
 
 
-def _measure(case: Case, name: str, folder: Path) -> Result:
-    training = make_training(case.size, length=LENGTH)
+def _measure(case: Case, name: str, size: int, folder: Path) -> Result:
+    training = make_training(size, length=LENGTH)
     kind = PEERS[name]
     with closing(kind(folder / name)) as peer:
         without = _resident(training)
@@ -74,6 +84,7 @@ def _measure(case: Case, name: str, folder: Path) -> Result:
     return result(
         case,
         name,
+        size,
         bytes=training.nbytes,
         **figures(
             {
@@ -129,8 +140,8 @@ def in_step(peer: Peer, training: Training) -> tuple[float, float]:
 # --- the yardsticks ------------------------------------------------------------------------------
 
 
-def _yardsticks(case: Case, folder: Path) -> list[Result]:
-    nbytes = make_training(case.size).nbytes
+def _yardsticks(case: Case, size: int, folder: Path) -> list[Result]:
+    nbytes = make_training(size).nbytes
     buffer = disk.touched(nbytes)
     path = folder / RAW
     source = np.frombuffer(buffer, dtype=np.uint8)
@@ -140,22 +151,23 @@ def _yardsticks(case: Case, folder: Path) -> list[Result]:
         "write + fsync": lambda: disk.write_and_sync(path, buffer, nbytes),
         "O_DIRECT + fsync": lambda: disk.write_directly(path, buffer, nbytes),
     }
-    return [_yardstick(case, name, nbytes, action, path) for name, action in actions.items()]
+    named = {name: result(case, name, size, bytes=nbytes, yardstick=True) for name in actions}
+    return [{**named[name], **_yardstick(case.repeats, action, path)} for name, action in actions.items()]
 
 
-def _yardstick(case: Case, name: str, nbytes: int, action: Callable[[], object], path: Path) -> Result:
+def _yardstick(repeats: int, action: Callable[[], object], path: Path) -> dict[str, Any]:
     walls, processors = [], []
-    for repeat in range(case.repeats + 1):
+    for repeat in range(repeats + 1):
         path.unlink(missing_ok=True)
         processor = meters.processor_seconds()
         try:
             wall = meters.seconds(action)
         except OSError as error:
-            return result(case, name, bytes=nbytes, yardstick=True, failed=str(error.strerror))
+            return {"failed": str(error.strerror)}
         if repeat:
             walls.append(wall)
             processors.append(meters.processor_seconds() - processor)
-    return result(case, name, bytes=nbytes, yardstick=True, **figures({"durable": walls, "processor": processors}))
+    return figures({"durable": walls, "processor": processors})
 
 
 def raw_write(results: Sequence[Result]) -> float | None:

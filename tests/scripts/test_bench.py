@@ -219,12 +219,12 @@ def test_tables_and_a_picture_for_people(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "cores" in done.stdout.splitlines()[0]
     assert "how it grows" in done.stdout
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["save"] * 4
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["save"] * 2
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_case_that_fails_is_named_and_the_others_are_measured(monkeypatch):
-    case = cases.Case("restore", ("ckptcache",), SMALL, 0)
+    case = cases.Case("restore", ("ckptcache",), (SMALL,), 0)
     rows = list(cases.run([case], None, lambda case: None))
     assert [row["failed"] for row in rows] == ["failed with exit code 1"]
 
