@@ -41,6 +41,10 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "ckptcache-setup.json"
 MODULES = ("test", "lint")
 EXTRAS = (*MODULES, "workflows")
+PEERS = "bench"
+"""The extra with what benchmarks measure beside the project; big, and installed only for those that do."""
+WITH_PEERS = frozenset(("save", "loop", "restore", "all"))
+"""The benchmarks that are."""
 MOST_WORKERS = 8
 TAIL_LINES = 30
 
@@ -53,7 +57,8 @@ commands:
   lint             ruff check, ruff format --check, mypy, and whether the generated docs are up to date
   bench [ARG...]   run the benchmarks: scripts/bench ARG...
 
-Each command first does what `setup` does, which takes no time when nothing has changed.
+Each command first does what `setup` does, which takes no time when nothing has changed. `bench` also installs
+what it measures beside the project, the first time that it is wanted.
 
 environment:
   CKPTCACHE_PYTHON   an interpreter to use as it is, instead of .venv; nothing is installed there
@@ -188,13 +193,13 @@ def wanted_stamp() -> dict[str, Any]:
     return {"state": "ready", "python": kind, "root": str(ROOT), "inputs": inputs.hexdigest()}
 
 
-def prepare(verbose: bool) -> Interpreter:
-    """The interpreter of an up-to-date `.venv`, which is made or mended first."""
+def prepare(verbose: bool, more: str | None = None) -> Interpreter:
+    """The interpreter of an up-to-date `.venv`, made or mended first, with the extra `more` in it if one is given."""
     wanted = wanted_stamp()
-    if _read_stamp() != wanted or not os.access(_venv_python(), os.X_OK):
+    if _read_stamp() != wanted or not os.access(_venv_python(), os.X_OK) or not _has_more(more, wanted):
         try:
             with _one_at_a_time():
-                _mend(wanted, verbose)
+                _mend(wanted, verbose, more)
         except OSError as error:
             raise Problem(f"{VENV} could not be made ({error}): {_OTHER_WAY}.") from error
     bin_folder = str(_venv_python().parent)
@@ -202,10 +207,19 @@ def prepare(verbose: bool) -> Interpreter:
     return Interpreter(str(_venv_python()), {**os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV)})
 
 
+def _has_more(more: str | None, wanted: Mapping[str, Any]) -> bool:
+    """Whether the extra `more` is there; it has a stamp of its own, so that no other command asks for it."""
+    return more is None or _read_stamp(_stamp_of(more)) == wanted
+
+
+def _stamp_of(extra: str) -> Path:
+    return STAMP.with_name(f"ckptcache-{extra}.json")
+
+
 _OTHER_WAY = "use a folder with room that you may write to, or set CKPTCACHE_PYTHON to an interpreter with the packages"
 
 
-def _mend(wanted: Mapping[str, Any], verbose: bool) -> None:
+def _mend(wanted: Mapping[str, Any], verbose: bool, more: str | None = None) -> None:
     step = next_step(_look(), wanted)
     if step == "foreign":
         raise Problem(f"{VENV} is there and is no virtual environment: move it away, and start again.")
@@ -217,7 +231,10 @@ def _mend(wanted: Mapping[str, Any], verbose: bool) -> None:
     if step in ("create", "remake"):
         _create(step == "remake", verbose)
     if step != "ready":
-        _install(wanted, verbose)
+        _install(wanted, EXTRAS, verbose)
+    if more is not None and not _has_more(more, wanted):
+        _install(wanted, (*EXTRAS, more), verbose)
+        _write_stamp(wanted, _stamp_of(more))
 
 
 def _look() -> Found:
@@ -247,12 +264,13 @@ def _create(remake: bool, verbose: bool) -> None:
     run_quietly([base, "-m", "venv", str(VENV)], f"{VENV} could not be made (see above): {_OTHER_WAY}.", verbose)
 
 
-def _install(wanted: Mapping[str, Any], verbose: bool) -> None:
+def _install(wanted: Mapping[str, Any], extras: Sequence[str], verbose: bool) -> None:
     if STAMP.exists():
         # An install cut short leaves this behind, and what is found so is made again.
         _write_stamp({**wanted, "state": "installing"})
-    say("installing the packages (the first time takes minutes)")
-    requirement = f".[{','.join(EXTRAS)}]"
+    what = "the packages" if extras == EXTRAS else f"the packages, and those of {extras[-1]}"
+    say(f"installing {what} (the first time takes minutes)")
+    requirement = f".[{','.join(extras)}]"
     pip = [str(_venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     try:
         run_quietly(
@@ -320,9 +338,9 @@ def _version() -> str:
     return f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def _read_stamp() -> dict[str, Any]:
+def _read_stamp(path: Path | None = None) -> dict[str, Any]:
     try:
-        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
+        stamp = json.loads((path or STAMP).read_text(encoding="utf-8"))
     except OSError:
         return {}
     except ValueError:
@@ -330,8 +348,8 @@ def _read_stamp() -> dict[str, Any]:
     return stamp if isinstance(stamp, dict) else {"state": "installing"}
 
 
-def _write_stamp(stamp: Mapping[str, Any]) -> None:
-    STAMP.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+def _write_stamp(stamp: Mapping[str, Any], path: Path | None = None) -> None:
+    (path or STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
 
 
 # --- another interpreter -------------------------------------------------------------------------
@@ -426,12 +444,12 @@ def _project() -> Mapping[str, Any]:
 # --- commands ------------------------------------------------------------------------------------
 
 
-def interpreter(extras: Sequence[str], verbose: bool) -> Interpreter:
-    """What runs a command: CKPTCACHE_PYTHON if it is set and has what `extras` need, else `.venv`'s."""
+def interpreter(extras: Sequence[str], verbose: bool, more: str | None = None) -> Interpreter:
+    """What runs a command: CKPTCACHE_PYTHON if it is set and has what `extras` need, else `.venv`'s, with `more`."""
     chosen = os.environ.get("CKPTCACHE_PYTHON")
     if chosen:
         return chosen_interpreter(chosen, extras)
-    return prepare(verbose)
+    return prepare(verbose, more)
 
 
 def setup(rest: list[str], verbose: bool) -> int:
@@ -504,7 +522,8 @@ def bench(rest: list[str], verbose: bool) -> int:
     folder = ROOT / "scripts" / "bench"
     if not (folder / "__main__.py").exists():
         raise Problem("there are no benchmarks yet.")
-    become(interpreter((), verbose), [str(folder), *rest])
+    # Of an interpreter that is used as it is, what isn't there is named in the tables.
+    become(interpreter((), verbose, PEERS if WITH_PEERS & {*rest} else None), [str(folder), *rest])
 
 
 def _cores() -> int:

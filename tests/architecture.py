@@ -43,7 +43,8 @@ TOP_LEVEL = frozenset(
     "constraints.txt .gitignore".split()
 )
 DOCS = frozenset(
-    "design.md cli.md errors.md formats.md names.md benchmarks.md github-actions.md comprehensive_demo.png".split()
+    "design.md cli.md errors.md formats.md names.md benchmarks.md github-actions.md "
+    "benchmarks.png comprehensive_demo.png".split()
 )
 
 FILE_SYSTEM = "ckptcache/storage/fs.py"

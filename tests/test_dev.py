@@ -31,6 +31,7 @@ dependencies = {dependencies}
 test = []
 lint = []
 workflows = []
+bench = []
 """
 BACKEND = """\
 import base64, hashlib, pathlib, zipfile
@@ -41,7 +42,7 @@ def get_requires_for_build_editable(settings=None):
 def build_editable(folder, settings=None, metadata=None):
     name, info = "ckptcache-0.1-py3-none-any.whl", "ckptcache-0.1.dist-info"
     about = "Metadata-Version: 2.1\\nName: ckptcache\\nVersion: 0.1\\n"
-    about += "".join(f"Provides-Extra: {name}\\n" for name in ("test", "lint", "workflows"))
+    about += "".join(f"Provides-Extra: {name}\\n" for name in ("test", "lint", "workflows", "bench"))
     wheel = "Wheel-Version: 1.0\\nGenerator: backend\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
     files = {"ckptcache.pth": str(pathlib.Path.cwd()), f"{info}/METADATA": about, f"{info}/WHEEL": wheel}
     record = ""
@@ -395,6 +396,34 @@ def test_a_failing_campaign_fails_all(checked):
 def test_no_benchmarks_yet_is_said(project):
     done = run(project, "bench")
     assert (done.returncode, done.stderr) == (1, "dev.py: there are no benchmarks yet.\n")
+
+
+@pytest.fixture
+def measured(made):
+    (made / "scripts" / "bench").mkdir(exist_ok=True)
+    (made / "scripts" / "bench" / "__main__.py").write_text(SHOW)
+    yield made
+    shutil.rmtree(made / "scripts" / "bench")
+    (made / ".venv" / "ckptcache-bench.json").unlink(missing_ok=True)
+
+
+def test_what_is_measured_beside_the_project_is_installed_once_and_for_those_benchmarks_alone(measured):
+    for _ in range(2):
+        done = run(measured, "bench", "index", "--json")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    first, second = (run(measured, "bench", "index", "save") for _ in range(2))
+    assert json.loads(first.stdout)[0] == json.loads(second.stdout)[0] == ["index", "save"]
+    assert "those of bench" in first.stderr
+    assert second.stderr == ""
+    assert run(measured, "setup").stderr.startswith("dev.py: ready")
+
+
+def test_it_is_installed_again_when_what_is_wanted_has_changed(measured):
+    assert run(measured, "bench", "all").returncode == 0
+    (measured / "constraints.txt").write_text("# changed once more\n")
+    assert "those of bench" not in run(measured, "setup").stderr
+    assert "those of bench" in run(measured, "bench", "all").stderr
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["nope"], 2), (["setup", "now"], 2), (["lint", "x"], 2)])

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.measure import Case, Sample, samples
+from bench.cases import Case, Options, Result, figures
+from bench.disktime import samples
 from ckptcache.cache import TrainingCache
+from ckptcache.cli import tables
 from ckptcache.config import CacheConfig
 from ckptcache.metadata import MAX_CURVE_POINTS, CheckpointMetadata, Fingerprint, SessionRecord
 from ckptcache.storage.index import INDEX_NAME, Index, serialise
 from ckptcache.storage.reconcile import sidecar_bytes
 
-SUMMARY = "open a cache, name the best compatible checkpoint, commit a record"
+REPEATS = 15
 SIZES = (10, 1_000, 10_000)
 FULL_SIZES = (*SIZES, 100_000)
 FILES = 5
@@ -26,17 +28,40 @@ TRAINING = {"learning_rate": 6e-4, "batch_size": 12, "max_iters": 5000, "weight_
 ENVIRONMENT = {"python": "3.12.3", "platform": "linux", "torch": "2.13.0", "device": "cpu", "git_commit": "0" * 40}
 
 
-def cases(full: bool) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """Every action at every size."""
-    return [Case("index", name, size) for size in (FULL_SIZES if full else SIZES) for name in ACTIONS]
+    sizes = [size for size in (FULL_SIZES if options.full else SIZES) if options.most is None or size <= options.most]
+    return [Case("index", (name,), (size,), options.repeats or REPEATS) for size in sizes for name in ACTIONS]
 
 
-def measure(case: Case, folder: Path, repeats: int) -> list[Sample]:
-    """`repeats` runs of one case, in a cache that is made in `folder`."""
+def measure(case: Case, folder: Path) -> list[Result]:
+    """One action, in a cache that is made in `folder`."""
     # With a metric beyond [0, 1] each opening would print its warning.
     logging.getLogger("ckptcache").setLevel(logging.ERROR)
-    make_cache(folder, case.records)
-    return samples(ACTIONS[case.name](folder, case.records), repeats)
+    cache, (count,) = folder / "cache", case.sizes
+    make_cache(cache, count)
+    found = samples(ACTIONS[case.names[0]](cache, count), case.repeats)
+    columns = {
+        "wall": [s.wall for s in found],
+        "processor": [s.processor for s in found],
+        "disk": [s.disk for s in found],
+        "beyond_disk": [s.wall - s.disk for s in found],
+    }
+    named = {"benchmark": "index", "name": case.names[0], "records": count, "repeats": case.repeats}
+    return [{**named, **figures(columns)}]
+
+
+def report(results: list[Result]) -> list[str]:
+    """The table: medians in milliseconds."""
+    times = {"wall": "wall_ms", "of that disk": "disk_ms", "beyond disk": "beyond_disk_ms", "processor": "processor_ms"}
+    rows = [r for r in results if "failed" not in r]
+    return tables.table(
+        [
+            tables.Column("case", [r["name"] for r in rows]),
+            tables.Column("records", [str(r["records"]) for r in rows], right=True),
+            *(tables.Column(title, [f"{r[key]:.2f}" for r in rows], right=True) for title, key in times.items()),
+        ]
+    )
 
 
 # --- what is measured ----------------------------------------------------------------------------
