@@ -14,18 +14,12 @@ from typing import Any, Self
 import orjson
 
 from ckptcache.cache import TrainingCache
+from ckptcache.checkpointing import SURVIVABLE, Checkpointer
 from ckptcache.environment import environment
 from ckptcache.errors import (
-    CacheDirIsFile,
-    CacheDirNotWritable,
     CkptCacheError,
     DuplicateName,
-    IndexDamaged,
-    IndexTooNew,
-    IndexUnreadable,
     InvalidValue,
-    LockTimeout,
-    SaveFailed,
     SessionClosed,
 )
 from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord, new_session_id, utc_now
@@ -44,11 +38,6 @@ log = logging.getLogger("ckptcache")
 _STOP_REASONS = ("finished", "max_seconds", "signal", "diverged", "error")
 SUMMARY_NAME = "training_summary.json"
 _MAX_SECONDS = "CKPTCACHE_MAX_SECONDS"
-_SURVIVABLE = (
-    *(SaveFailed, CacheDirNotWritable, CacheDirIsFile, LockTimeout),
-    *(IndexDamaged, IndexTooNew, IndexUnreadable),
-)
-"""What the folder, and not the training, is to blame for."""
 
 
 class TrainingSession:
@@ -123,6 +112,7 @@ class TrainingSession:
         self._state = "new"
         self._startup = Startup()
         self._tally = Tally(SessionRecord(id=self.id))
+        self._saves = Checkpointer(cache, self._tally, self.configs, None)
         self._final: SessionRecord | None = None
         self._counter = StepCounter(0)
         self._signals = SignalWatch()
@@ -209,6 +199,7 @@ class TrainingSession:
         if self._startup.reseeded:
             record = self.cache.record_session(record.changed(reseeded=True))
         self._tally = Tally(record, found.record if found.is_comparable else None)
+        self._saves = Checkpointer(self.cache, self._tally, self.configs, found.record)
         self._counter = StepCounter(found.iteration, self._objects.values())
 
     def _needed(self) -> dict[str, Any]:
@@ -243,14 +234,14 @@ class TrainingSession:
         self._counter.abandon()
         if self._stop_reason is None:
             self._stop_reason = "finished" if self._signals.stop is None else "signal"
-        self._collect()
+        self._saves.collect()
         if self.iteration > self.start_iteration and self._tally.saved_at != self.iteration:
             self._save_last()
 
     def _save_last(self) -> None:
         """A last save that fails makes the run end non-zero."""
         try:
-            self._save("final", blocking=True)
+            self._saves.save("final", self._state_now(), lambda: self.record, blocking=True)
         except CkptCacheError:
             self._tally.failed(self.iteration)
             self._stop_reason = "error"
@@ -258,7 +249,7 @@ class TrainingSession:
 
     def _fail(self, error: BaseException) -> None:
         """No checkpoint: the state in the middle of a step that failed is nothing to resume from."""
-        self._collect()
+        self._saves.collect()
         is_signal = isinstance(error, KeyboardInterrupt) or self._signals.stop is not None
         self._stop_reason = "signal" if is_signal else "error"
         last = self._tally.last_saved or self._startup.record
@@ -275,7 +266,7 @@ class TrainingSession:
         try:
             self.cache.record_session(self._final)
             self._write_summary()
-        except _SURVIVABLE as error:
+        except SURVIVABLE as error:
             log.warning("the session's record could not be written: %s", error)
         finally:
             self.cache.ledger.release(self.id)
@@ -303,7 +294,7 @@ class TrainingSession:
         self._final = dataclasses.replace(self.record, ended_at=utc_now())
         self._shut()
         try:
-            self._collect()
+            self._saves.collect()
             self.cache.forget_session(self.id)
             if any(session.id == self.id for session in self.cache.sessions()):
                 self.cache.record_session(self._final)
@@ -378,7 +369,7 @@ class TrainingSession:
         is_last = self._is_over() or is_last
         if self._signals.stop is not None or self._signals.save_requested:
             self._signals.save_requested = False
-            self._try_save("signal")
+            self._offer("signal")
         elif self.checkpoint_interval and self.iteration % self.checkpoint_interval == 0:
             # After the last step an evaluation may follow, whose loss the checkpoint should hold.
             self._owes_interval = True
@@ -387,7 +378,7 @@ class TrainingSession:
 
     def _save_interval(self) -> None:
         self._owes_interval = False
-        self._try_save("interval")
+        self._offer("interval")
 
     def staged(self) -> None:
         """Call this before parameters or optimizer state are changed outside of an optimizer's step.
@@ -455,8 +446,8 @@ class TrainingSession:
         if val_loss is not None or metrics:
             self.evaluated(val_loss, metrics)
         if save_reason == "manual" and val_loss is not None:
-            return self._try_save("improved", if_improved=True, epoch=epoch, extra=extra)
-        return self._try_save(save_reason, epoch=epoch, extra=extra)
+            return self._offer("improved", if_improved=True, epoch=epoch, extra=extra)
+        return self._offer(save_reason, epoch=epoch, extra=extra)
 
     def evaluated(self, val_loss: float | None, metrics: Mapping[str, float] | None = None) -> None:
         """Note an evaluation at this iteration, without offering a checkpoint; InvalidValue for what is no number."""
@@ -465,53 +456,11 @@ class TrainingSession:
 
     # --- saving ----------------------------------------------------------------------------------
 
-    def _try_save(self, reason: str, **options: Any) -> CheckpointMetadata | None:
-        if self._tally.saved_at == self.iteration and reason not in ("manual", "growth"):
-            return self._tally.last_saved
-        try:
-            return self._save(reason, blocking=False, **options)
-        except _SURVIVABLE as error:
-            self._tally.failed(self.iteration)
-            log.error("a checkpoint could not be saved, and training goes on: %s", error)
-            return None
+    def _offer(self, reason: str, **options: Any) -> CheckpointMetadata | None:
+        return self._saves.offer(reason, self._state_now(), lambda: self.record, **options)
 
-    def _collect(self) -> None:
-        """See what came of the save in the background; one that failed was said already, and is survived."""
-        try:
-            self.cache.wait_until_finished(session=self.id)
-        except _SURVIVABLE:
-            self._tally.unsaved()
-        else:
-            self._tally.collected(len(self.cache.last_evicted))
-
-    def _save(
-        self, reason: str, *, blocking: bool, if_improved: bool = False, epoch: float | None = None, extra: Any = None
-    ) -> CheckpointMetadata | None:
-        self._collect()
-        session = self.record
-        record = self.cache.save(
-            {**self._objects, RNG: capture_rng()},
-            iteration=self.iteration,
-            epoch=epoch,
-            train_loss=self.latest("loss"),
-            save_reason=reason,
-            session=dataclasses.replace(session, saved=session.saved + 1),
-            parents=self._parents(),
-            if_improved=if_improved,
-            blocking=blocking,
-            extra=extra,
-            **self._tally.measured(self.iteration),
-            **self.configs,
-        )
-        if record is not None:
-            self._tally.saved(record)
-            if blocking:
-                self._tally.collected(len(self.cache.last_evicted))
-        return record
-
-    def _parents(self) -> tuple[str, ...]:
-        parent = self._tally.last_saved or self._startup.record
-        return () if parent is None else (parent.id,)
+    def _state_now(self) -> dict[str, Any]:
+        return {**self._objects, RNG: capture_rng()}
 
     def _check_open(self) -> None:
         if self._state != "open":

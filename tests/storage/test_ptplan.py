@@ -293,12 +293,13 @@ def test_what_other_threads_save_meanwhile_is_whole():
     other = threading.Thread(target=saving)
     other.start()
     ours = {f"w{i}": torch.ones(100) for i in range(50)}
+    plans = []
     try:
-        plans = [ptplan.plan(ours) for _ in range(100)]
+        while len(plans) < 100 or len(found) < 11:
+            plans.append(ptplan.plan(ours))
     finally:
         stop.set()
         other.join()
-    assert len(found) > 10
     assert all(found)
     assert all(len(plan.storages) == 50 for plan in plans)
     assert by_torch(theirs) == whole

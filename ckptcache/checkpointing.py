@@ -1,0 +1,104 @@
+"""A session's checkpoints: written in the background, and counted once it is known what came of them."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ckptcache.cache import TrainingCache
+from ckptcache.errors import (
+    CacheDirIsFile,
+    CacheDirNotWritable,
+    IndexDamaged,
+    IndexTooNew,
+    IndexUnreadable,
+    LockTimeout,
+    SaveFailed,
+)
+from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.tally import Tally
+
+log = logging.getLogger("ckptcache")
+SURVIVABLE = (
+    *(SaveFailed, CacheDirNotWritable, CacheDirIsFile, LockTimeout),
+    *(IndexDamaged, IndexTooNew, IndexUnreadable),
+)
+"""What the folder, and not the training, is to blame for."""
+
+
+class Checkpointer:
+    """Saves for one session, one save in flight at a time.
+
+    Args:
+        configs: what it was told of its model, its data and its training, by the names of `TrainingCache.save`.
+        parent: the checkpoint that it resumed from.
+    """
+
+    def __init__(
+        self,
+        cache: TrainingCache,
+        tally: Tally,
+        configs: Mapping[str, Any],
+        parent: CheckpointMetadata | None,
+    ) -> None:
+        self._cache, self._tally, self._configs, self._parent = cache, tally, configs, parent
+
+    def offer(
+        self, reason: str, state: Mapping[str, Any], session: Callable[[], SessionRecord], **options: Any
+    ) -> CheckpointMetadata | None:
+        """Save in the background; a failure is reported, counted and survived. None where nothing was saved.
+
+        `session` gives the session's record as it stands, which a save that is waited for may still change.
+        """
+        iteration = session().end_iteration
+        if self._tally.saved_at == iteration and reason not in ("manual", "growth"):
+            return self._tally.last_saved
+        try:
+            return self.save(reason, state, session, blocking=False, **options)
+        except SURVIVABLE as error:
+            self._tally.failed(iteration)
+            log.error("a checkpoint could not be saved, and training goes on: %s", error)
+            return None
+
+    def save(
+        self,
+        reason: str,
+        state: Mapping[str, Any],
+        session: Callable[[], SessionRecord],
+        *,
+        blocking: bool,
+        **options: Any,
+    ) -> CheckpointMetadata | None:
+        """Save, once the save before is over; None where it had to be an improvement, and was none."""
+        self.collect()
+        now = session()
+        record = self._cache.save(
+            state,
+            iteration=now.end_iteration,
+            train_loss=self._tally.curves.latest("loss"),
+            save_reason=reason,
+            session=dataclasses.replace(now, saved=now.saved + 1),
+            parents=self._parents(),
+            blocking=blocking,
+            **self._tally.measured(now.end_iteration),
+            **self._configs,
+            **options,
+        )
+        if record is not None:
+            self._tally.saved(record)
+            if blocking:
+                self._tally.collected(len(self._cache.last_evicted))
+        return record
+
+    def collect(self) -> None:
+        """See what came of the save in the background; one that failed was said already, and is survived."""
+        try:
+            self._cache.wait_until_finished(session=self._tally.record.id)
+        except SURVIVABLE:
+            self._tally.unsaved()
+        else:
+            self._tally.collected(len(self._cache.last_evicted))
+
+    def _parents(self) -> tuple[str, ...]:
+        parent = self._tally.last_saved or self._parent
+        return () if parent is None else (parent.id,)
