@@ -1,0 +1,109 @@
+"""Broken variants of our code: what a campaign's check must fail for, or the campaign proves nothing.
+
+Each is a context manager, entered in the process that is to be broken.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from ckptcache import ledger, restoring
+from ckptcache.ledger import Change, Ledger
+from ckptcache.storage import fs, ptfile
+from tests.faults import swapped
+
+Variant = Callable[[], AbstractContextManager[None]]
+
+
+def name_of(variant: Variant) -> str:
+    """How the table at the end of a run calls it."""
+    return variant.__name__.replace("_", " ")
+
+
+class _NoFileSync(fs.System):
+    """Bytes reach the disk when the system feels like it; names are synced as they should be."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+    def fsync_folder(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+class _NoFolderSync(fs.System):
+    """Files are synced, the names they are renamed to are not."""
+
+    def fsync_folder(self, path: Path) -> None:
+        pass
+
+
+@contextmanager
+def without_file_sync() -> Iterator[None]:
+    with swapped(_NoFileSync()):
+        yield
+
+
+@contextmanager
+def without_folder_sync() -> Iterator[None]:
+    with swapped(_NoFolderSync()):
+        yield
+
+
+@contextmanager
+def evicting_before_the_commit() -> Iterator[None]:
+    """Files go when their eviction is decided, and not when it is durable."""
+    decide = Ledger.decide
+
+    def early(self: Ledger, change: Change, decided: Mapping[str, str]) -> None:
+        decide(self, change, decided)
+        self.remove_files(decided)
+
+    with patch.object(Ledger, "decide", early):
+        yield
+
+
+@contextmanager
+def keeping_leftovers() -> Iterator[None]:
+    """Nobody cleans up what the dead left behind."""
+    with patch.object(ledger, "tidy", lambda *_: []):
+        yield
+
+
+@contextmanager
+def keeping_temporary_files() -> Iterator[None]:
+    """A write that failed leaves its half file."""
+    with patch.object(fs.TempFile, "discard", fs.TempFile.close):
+        yield
+
+
+@contextmanager
+def without_the_lock() -> Iterator[None]:
+    """Every process changes the index when it likes."""
+    with patch.object(fs, "locked", lambda *_, **__: nullcontext()):
+        yield
+
+
+@contextmanager
+def without_a_second_look() -> Iterator[None]:
+    """Who loses a race with an eviction gives up."""
+    first_of_all = restoring.restore_first
+
+    def once(owner: Ledger, choose: Callable[[], Any], *arguments: Any, **named: Any) -> Any:
+        choice = choose()
+        return first_of_all(owner, lambda: choice, *arguments, **named)
+
+    with patch.object(restoring, "restore_first", once), patch.object(ledger, "_LOOKS", 1):
+        yield
+
+
+@contextmanager
+def without_comparing_digests() -> Iterator[None]:
+    """What a file holds is believed."""
+    verify = ptfile.verify_open
+    with patch.object(ptfile, "verify_open", lambda file, path, size, digest: verify(file, path, size, None)):
+        yield
