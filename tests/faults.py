@@ -155,6 +155,17 @@ def run_child(body: Callable[[], object]) -> int:
     return end_of(start_child(body))
 
 
+@contextmanager
+def ended(processes: list[int]) -> Iterator[None]:
+    """End what was started, whatever happens."""
+    try:
+        yield
+    finally:
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+            end_of(pid)
+
+
 def wait_for(path: Path, seconds: float = 20.0) -> None:
     """Wait until another process has made the file `path`; TimeoutError when it doesn't."""
     wait_until(path.exists, seconds, f"{path} was not made")

@@ -1,27 +1,29 @@
-"""Many real processes in one cache: writers that lose nothing, readers that never see half a checkpoint."""
+"""Many real processes that save into one cache, and are killed: nothing that was acknowledged is lost."""
 
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from ckptcache import TrainingCache
-from tests.caches import ids, save, temporary_files, tiny
-from tests.faults import end_of, start_child, wait_until
+from tests.caches import ids, save, temporary_files
+from tests.campaigns import variants
+from tests.faults import end_of, ended, start_child
 
+CAMPAIGN = "writers"
 LIMIT = 8
 
 
 class Writers:
     """Processes that save into one cache, and write down outside of it what was acknowledged."""
 
-    def __init__(self, folder: Path, saves: int) -> None:
+    def __init__(self, folder: Path, saves: int, variant: variants.Variant = nullcontext) -> None:
         self.cache_dir, self.acknowledged, self.saves = folder / "c", folder / "acknowledged", saves
+        self.variant = variant
         self.acknowledged.mkdir()
 
     def start(self, number: int) -> int:
@@ -29,7 +31,7 @@ class Writers:
 
     def write(self, number: int) -> None:
         draw = random.Random(number)
-        with self.opened() as cache, (self.acknowledged / f"{number}.txt").open("a") as notes:
+        with self.variant(), self.opened() as cache, (self.acknowledged / f"{number}.txt").open("a") as notes:
             for iteration in range(self.saves):
                 record = save(cache, draw.uniform(0.1, 9.0), iteration, parents=[f"writer-{number}"])
                 notes.write(f"{record.id} {record.sequence}\n")
@@ -70,40 +72,33 @@ class Writers:
         assert os.listdir(self.cache_dir / "sessions") == []
 
 
-@contextmanager
-def ended(processes: list[int]) -> Iterator[None]:
-    """End what was started, whatever happens."""
-    try:
-        yield
-    finally:
-        for pid in processes:
-            os.kill(pid, signal.SIGKILL)
-            end_of(pid)
-
-
-# --- writers -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("processes", "saves"), [(4, 25), pytest.param(8, 200, marks=[pytest.mark.campaign, pytest.mark.timeout(1200)])]
 )
-def test_writers_of_many_processes_lose_nothing_and_keep_the_limits(tmp_path, processes, saves, capsys):
-    writers, began = Writers(tmp_path, saves), time.perf_counter()
+def test_writers_of_many_processes_lose_nothing_and_keep_the_limits(quick_path, counted, processes, saves):
+    save_all(Writers(quick_path, saves), processes)
+    counted(CAMPAIGN, "saves side by side", processes * saves)
+
+
+def save_all(writers: Writers, processes: int) -> None:
     started = [writers.start(number) for number in range(processes)]
     assert [end_of(pid) for pid in started] == [0] * processes
-    with capsys.disabled():
-        if processes == 8:
-            print(f"\n{processes} processes x {saves} saves: {time.perf_counter() - began:.1f} s")
-    assert writers.count() == processes * saves
+    assert writers.count() == processes * writers.saves
     writers.check()
+
+
+def test_writers_show_a_lock_that_is_missing(quick_path, counted):
+    with pytest.raises((AssertionError, KeyError)):
+        save_all(Writers(quick_path, 25, variants.without_the_lock), 4)
+    counted.caught(CAMPAIGN, variants.name_of(variants.without_the_lock))
 
 
 @pytest.mark.parametrize(
     ("processes", "total", "pause"),
     [(2, 40, 0.15), pytest.param(8, 1600, 1.0, marks=[pytest.mark.campaign, pytest.mark.timeout(1200)])],
 )
-def test_writers_that_are_killed_lose_nothing_that_was_acknowledged(tmp_path, processes, total, pause):
-    writers, draw = Writers(tmp_path, 10**6), random.Random(1)
+def test_writers_that_are_killed_lose_nothing_that_was_acknowledged(quick_path, counted, processes, total, pause):
+    writers, draw = Writers(quick_path, 10**6), random.Random(1)
     running, kills, number = [writers.start(n) for n in range(processes)], 0, processes
     with ended(running):
         while writers.count() < total or kills < 3:
@@ -120,76 +115,5 @@ def test_writers_that_are_killed_lose_nothing_that_was_acknowledged(tmp_path, pr
             end_of(pid)
             running.remove(pid)
     writers.check(killed=True)
-
-
-# --- readers -------------------------------------------------------------------------------------
-
-
-def read(folder: Path, until: Path, opens: int) -> None:
-    """Restore again and again, from a cache opened anew each time; never nothing, and never anything but one whole."""
-    done = 0
-    while not until.exists() and done < opens:
-        target, cache = tiny(-1.0, 4000), TrainingCache(folder)
-        assert cache.ledger.file.read() is not None, "an index is there, and whole"
-        restored = cache.restore(target, resume=("best", "latest")[done % 2])
-        assert restored is not None, "a cache that always holds one was empty to a reader"
-        assert set(target["w"].tolist()) == {float(restored.record.iteration)}
-        assert restored.notes == () or all("passed over" not in n or "gone" in n for n in restored.notes)
-        done += 1
-    assert done > 3
-
-
-def write_on(folder: Path, saves: int, keep: int) -> None:
-    draw = random.Random(5)
-    with TrainingCache(folder, max_checkpoints=keep, keep_latest=0) as cache:
-        for iteration in range(2, saves):
-            save(cache, draw.uniform(0.1, 9.0), iteration, state=tiny(float(iteration), 4000))
-
-
-def prune_on(folder: Path, saves: int) -> None:
-    with TrainingCache(folder, max_checkpoints=10_000) as cache:
-        for iteration in range(2, saves):
-            save(cache, 100.0 / iteration, iteration, state=tiny(float(iteration), 4000))
-            if iteration % 5 == 0:
-                TrainingCache(folder, max_checkpoints=1, keep_latest=0).prune()
-
-
-@pytest.mark.parametrize("churn", [lambda f, n: write_on(f, n, 1), lambda f, n: write_on(f, n, 3), prune_on])
-@pytest.mark.parametrize(
-    ("readers", "saves"), [(2, 60), pytest.param(4, 1000, marks=[pytest.mark.campaign, pytest.mark.timeout(1200)])]
-)
-def test_readers_never_see_half_a_checkpoint_and_never_an_empty_cache(
-    tmp_path, readers, saves, churn: Callable[[Path, int], None]
-):
-    folder, done = tmp_path / "c", tmp_path / "done"
-    with TrainingCache(folder) as first:
-        save(first, 9.5, 1, state=tiny(1.0, 4000))
-    running = [start_child(lambda: read(folder, done, 10_000)) for _ in range(readers)]
-    with ended(running):
-        churn(folder, saves)
-        done.touch()
-        statuses = [end_of(running.pop(0)) for _ in range(readers)]
-    assert statuses == [0] * readers
-    assert TrainingCache(folder).doctor() == []
-
-
-def test_a_child_that_was_forked_keeps_neither_the_lock_nor_a_lease(tmp_path):
-    ready, die = tmp_path / "ready", tmp_path / "die"
-
-    def parent() -> None:
-        cache = TrainingCache(tmp_path / "c")
-        save(cache, 1.0)
-        cache.ledger.hold("sess_parent")
-        with cache.ledger.change():
-            start_child(lambda: (ready.write_text(str(os.getpid())), wait_until(die.exists)))
-            wait_until(ready.exists)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert end_of(start_child(parent)) == -signal.SIGKILL
-    cache = TrainingCache(tmp_path / "c")
-    began = time.perf_counter()
-    save(cache, 2.0)
-    assert time.perf_counter() - began < 10
-    assert cache.ledger.live_sessions(cache.ledger.view().index) == set()
-    assert not (tmp_path / "c" / "sessions" / "sess_parent.lock").exists()
-    die.touch()
+    counted(CAMPAIGN, "processes killed", kills + processes)
+    counted(CAMPAIGN, "saves acknowledged by them", writers.count())

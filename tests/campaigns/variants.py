@@ -3,6 +3,7 @@
 Each is a context manager, entered in the process that is to be broken.
 """
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -106,4 +107,25 @@ def without_comparing_digests() -> Iterator[None]:
     """What a file holds is believed."""
     verify = ptfile.verify_open
     with patch.object(ptfile, "verify_open", lambda file, path, size, digest: verify(file, path, size, None)):
+        yield
+
+
+@contextmanager
+def with_a_lock_that_children_keep() -> Iterator[None]:
+    """flock as it is: whoever was forked while it was held holds it too."""
+
+    @contextmanager
+    def locked(path: Path, **_: Any) -> Iterator[None]:
+        with path.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    with patch.object(fs, "locked", locked):
+        yield
+
+
+@contextmanager
+def with_a_writer_that_children_keep() -> Iterator[None]:
+    """A child writes in the name of its parent."""
+    with patch.object(Ledger, "writer", property(lambda self: self._writer)):
         yield
