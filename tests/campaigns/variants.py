@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from ckptcache import ledger, restoring
+from ckptcache.catalog import Catalog
 from ckptcache.ledger import Change, Ledger
 from ckptcache.storage import fs, ptfile
 from tests.faults import swapped
@@ -128,4 +129,30 @@ def with_a_lock_that_children_keep() -> Iterator[None]:
 def with_a_writer_that_children_keep() -> Iterator[None]:
     """A child writes in the name of its parent."""
     with patch.object(Ledger, "writer", property(lambda self: self._writer)):
+        yield
+
+
+@contextmanager
+def writing_past_the_system() -> Iterator[None]:
+    """Small files are written by Python itself."""
+
+    def write(path: Path, data: bytes, *, writer: str) -> None:
+        beside = path.with_name(f"{path.name}.{writer}.tmp")
+        beside.write_bytes(data)
+        beside.replace(path)
+
+    with patch.object(fs, "write_atomically", write):
+        yield
+
+
+@contextmanager
+def locking_to_look() -> Iterator[None]:
+    """Who looks takes the lock of those who write."""
+    view = Ledger.view
+
+    def locked(self: Ledger) -> Catalog:
+        with self.file.held():
+            return view(self)
+
+    with patch.object(Ledger, "view", locked):
         yield
