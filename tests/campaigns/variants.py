@@ -14,6 +14,9 @@ from unittest.mock import patch
 from ckptcache import ledger, restoring
 from ckptcache.catalog import Catalog
 from ckptcache.ledger import Change, Ledger
+from ckptcache.metadata import CheckpointMetadata
+from ckptcache.policy import quality
+from ckptcache.signals import SignalWatch
 from ckptcache.storage import fs, ptfile
 from tests.faults import swapped
 
@@ -155,4 +158,25 @@ def locking_to_look() -> Iterator[None]:
             return view(self)
 
     with patch.object(Ledger, "view", locked):
+        yield
+
+
+@contextmanager
+def deaf_to_signals() -> Iterator[None]:
+    """A session leaves signals to Python."""
+    with patch.object(SignalWatch, "install", lambda _: False):
+        yield
+
+
+@contextmanager
+def ordering_by_time() -> Iterator[None]:
+    """The latest is what the clock says."""
+    with patch.object(CheckpointMetadata, "order", property(lambda self: (self.created_at, self.id))):
+        yield
+
+
+@contextmanager
+def taking_infinity_for_a_number() -> Iterator[None]:
+    """A loss that is not finite is a loss like any other."""
+    with patch.object(quality, "_divergence", lambda _: None):
         yield
