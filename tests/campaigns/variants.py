@@ -17,7 +17,7 @@ from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata
 from ckptcache.policy import quality
 from ckptcache.signals import SignalWatch
-from ckptcache.storage import fs, ptfile
+from ckptcache.storage import fs, ptfile, reconcile
 from tests.faults import swapped
 
 Variant = Callable[[], AbstractContextManager[None]]
@@ -179,4 +179,11 @@ def ordering_by_time() -> Iterator[None]:
 def taking_infinity_for_a_number() -> Iterator[None]:
     """A loss that is not finite is a loss like any other."""
     with patch.object(quality, "_divergence", lambda _: None):
+        yield
+
+
+@contextmanager
+def without_reading_sidecars() -> Iterator[None]:
+    """A lost index is what the generation before it was."""
+    with patch.object(reconcile, "read_sidecar", lambda *_: None):
         yield
