@@ -6,12 +6,14 @@ import functools
 import os
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
-from tests.conftest import requires
-
+Requires = Callable[..., None]
+"""The fixture of that name."""
 _SHUTDOWN = 0x8004587D
 """EXT4_IOC_SHUTDOWN, from the kernel's fs/ext4/ext4.h."""
 _WITHOUT_FLUSHING_THE_LOG = 2
@@ -102,7 +104,10 @@ class Memory(Disk):
         mount("-t", "tmpfs", "-o", f"size={self.megabytes}m,mode=755", "tmpfs", self.root)
 
 
-def inserted(disk: Disk) -> Disk:
+D = TypeVar("D", bound=Disk)
+
+
+def inserted(disk: D, requires: Requires) -> D:
     """Mount `disk`, or skip the test where this machine does not let it."""
     try:
         disk.put_in()
@@ -112,7 +117,7 @@ def inserted(disk: Disk) -> Disk:
     return disk
 
 
-def need_mounts(*tools: str) -> None:
+def need_mounts(requires: Requires, *tools: str) -> None:
     """Skip the test without root and the tools for mounting."""
     for tool in ("root", "mount", "umount", *tools):
         requires(tool)

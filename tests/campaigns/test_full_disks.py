@@ -17,7 +17,7 @@ from ckptcache.metadata import CheckpointMetadata
 from ckptcache.storage import fs
 from tests.caches import ids, save, temporary_files, tiny
 from tests.campaigns import variants
-from tests.campaigns.disks import Memory, inserted, need_mounts
+from tests.campaigns.disks import Memory, Requires, inserted, need_mounts
 from tests.faults import CountingSystem, run_child, swapped
 
 CAMPAIGN = "full disks"
@@ -26,9 +26,9 @@ MEGABYTE = 1 << 18
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Memory]:
-    need_mounts()
-    disk = inserted(Memory(tmp_path, 20))
+def disk(tmp_path: Path, requires: Requires) -> Iterator[Memory]:
+    need_mounts(requires)
+    disk = inserted(Memory(tmp_path, 20), requires)
     yield disk
     disk.close()
 

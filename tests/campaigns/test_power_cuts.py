@@ -21,7 +21,7 @@ from ckptcache import TrainingCache
 from ckptcache.errors import CkptCacheError
 from tests.caches import ids, save, temporary_files, tiny
 from tests.campaigns import variants
-from tests.campaigns.disks import Ext4, inserted, need_mounts
+from tests.campaigns.disks import Ext4, Requires, inserted, need_mounts
 from tests.faults import end_of, start_child, wait_for
 
 CAMPAIGN = "power cuts"
@@ -32,9 +32,9 @@ LATEST_CUT = 0.15
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Ext4]:
-    need_mounts("mkfs.ext4")
-    disk = inserted(Ext4(tmp_path))
+def disk(tmp_path: Path, requires: Requires) -> Iterator[Ext4]:
+    need_mounts(requires, "mkfs.ext4")
+    disk = inserted(Ext4(tmp_path), requires)
     yield disk
     disk.close()
 

@@ -11,16 +11,16 @@ from ckptcache import TrainingCache
 from ckptcache.errors import CkptCacheError
 from tests.caches import NOBODY, as_nobody, file_of, flip, ids, let_in, save, tiny
 from tests.campaigns import variants
-from tests.campaigns.disks import Ext4, inserted, need_mounts
+from tests.campaigns.disks import Ext4, Requires, inserted, need_mounts
 from tests.faults import run_child
 
 CAMPAIGN = "read-only"
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Ext4]:
-    need_mounts("mkfs.ext4")
-    disk = inserted(Ext4(tmp_path))
+def disk(tmp_path: Path, requires: Requires) -> Iterator[Ext4]:
+    need_mounts(requires, "mkfs.ext4")
+    disk = inserted(Ext4(tmp_path), requires)
     yield disk
     disk.close()
 

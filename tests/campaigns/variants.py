@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from ckptcache import ledger, restoring
 from ckptcache.catalog import Catalog
 from ckptcache.ledger import Change, Ledger
@@ -186,4 +188,23 @@ def taking_infinity_for_a_number() -> Iterator[None]:
 def without_reading_sidecars() -> Iterator[None]:
     """A lost index is what the generation before it was."""
     with patch.object(reconcile, "read_sidecar", lambda *_: None):
+        yield
+
+
+@contextmanager
+def decoding_freely() -> Iterator[None]:
+    """Files are unpickled, whatever they hold."""
+    load = torch.load
+    with (
+        patch.object(ptfile.audit, "check_pickle", lambda *_, **__: None),
+        patch.object(ptfile.audit, "check_archive", lambda *_, **__: {}),
+        patch.object(torch, "load", lambda *a, **k: load(*a, **{**k, "weights_only": False})),
+    ):
+        yield
+
+
+@contextmanager
+def following_links() -> Iterator[None]:
+    """A cache goes where its folders lead."""
+    with patch.object(Ledger, "refuse_links", lambda _: None), patch.object(fs, "remove", lambda p, **_: p.unlink()):
         yield
