@@ -88,7 +88,7 @@ def counted(record_property: Callable[[str, object], None]) -> Tally:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """One table of all campaigns that passed: what was counted, and the broken variants that each caught."""
     counts, caught = defaultdict(Counter), defaultdict(set)
-    for kind, values in _properties(terminalreporter.stats.get("passed", [])):
+    for kind, values in _properties(terminalreporter.stats):
         if kind == "campaign":
             counts[values[0]][values[1]] += values[2]
         elif kind == "caught":
@@ -101,5 +101,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.line(f"    caught: {', '.join(sorted(caught[name]))}")
 
 
-def _properties(reports: list[Any]) -> Iterator[tuple[str, Any]]:
-    return (pair for report in reports if getattr(report, "when", "") == "call" for pair in report.user_properties)
+def _properties(stats: dict[str, list[Any]]) -> Iterator[tuple[str, Any]]:
+    """What tests that passed recorded, up to their end: what a fixture says when it is left is in the last report."""
+    passed = {report.nodeid for report in stats.get("passed", [])}
+    ends = (r for r in stats.get("", []) if getattr(r, "when", "") == "teardown" and r.nodeid in passed)
+    return (pair for report in ends for pair in report.user_properties)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from ckptcache import ledger, restoring
+from ckptcache import ledger, restoring, saving
 from ckptcache.catalog import Catalog
 from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata
@@ -207,4 +207,11 @@ def decoding_freely() -> Iterator[None]:
 def following_links() -> Iterator[None]:
     """A cache goes where its folders lead."""
     with patch.object(Ledger, "refuse_links", lambda _: None), patch.object(fs, "remove", lambda p, **_: p.unlink()):
+        yield
+
+
+@contextmanager
+def without_copying_the_state() -> Iterator[None]:
+    """A save in the background writes what is there when it comes to it."""
+    with patch.object(saving, "snapshot", lambda state: state):
         yield
