@@ -171,11 +171,13 @@ def wait_for(path: Path, seconds: float = 20.0) -> None:
     wait_until(path.exists, seconds, f"{path} was not made")
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20.0, what: str = "it did not come about") -> None:
-    """Wait until `is_so()`; TimeoutError saying `what` when that takes more than `seconds`."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.005)):
+def wait_until(
+    is_so: Callable[[], bool], seconds: float = 20.0, what: str = "it did not come about", pause: float = 0.005
+) -> None:
+    """Wait until `is_so()`, asked every `pause` seconds; TimeoutError saying `what` when that takes over `seconds`."""
+    never = threading.Event()
+    for _ in range(int(seconds / pause)):
         if is_so():
             return
-        pause.wait(0.005)
+        never.wait(pause)
     raise TimeoutError(f"{what} within {seconds:g} seconds")

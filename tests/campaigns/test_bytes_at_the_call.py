@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ckptcache import TrainingCache
+from ckptcache.errors import CheckpointDamaged
 from tests.campaigns import variants
 
 CAMPAIGN = "bytes at the call"
@@ -70,6 +71,7 @@ def test_what_is_saved_is_the_state_at_the_call(quick_path, counted, saves):
 
 
 def test_counters_show_a_state_that_is_not_copied(quick_path, counted):
-    with pytest.raises(AssertionError, match="is not as it was"):
+    # The digest may have been taken of other bytes than were written.
+    with pytest.raises((AssertionError, CheckpointDamaged), match=r"is not as it was|differs from the digest"):
         save_while_training(quick_path, 40, variants.without_copying_the_state)
     counted.caught(CAMPAIGN, variants.name_of(variants.without_copying_the_state))

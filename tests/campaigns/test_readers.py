@@ -92,10 +92,16 @@ def read_through(churn: Churn, readers: Readers, number: int, saves: int, opens:
 LONG = (pytest.mark.campaign, pytest.mark.timeout(1200))
 
 
-@pytest.mark.parametrize("churn", [keep_one, keep_three, keep_pruning])
-@pytest.mark.parametrize(("number", "saves", "opens"), [(2, 60, 20), pytest.param(4, 1000, 4000, marks=LONG)])
+@pytest.mark.parametrize(
+    ("churn", "number", "saves", "opens"),
+    [
+        *((churn, 2, 60, 20) for churn in (keep_one, keep_three, keep_pruning)),
+        *(pytest.param(churn, 4, 1000, 1000, marks=LONG) for churn in (keep_one, keep_three)),
+        pytest.param(keep_pruning, 4, 1000, 10_000, marks=LONG),
+    ],
+)
 def test_readers_never_see_half_a_checkpoint_and_never_an_empty_cache(
-    quick_path, counted, number, saves, opens, churn: Churn
+    quick_path, counted, churn: Churn, number, saves, opens
 ):
     readers = Readers(quick_path)
     read_through(churn, readers, number, saves, opens)
