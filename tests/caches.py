@@ -14,6 +14,8 @@ from ckptcache import TrainingCache
 from ckptcache.metadata import CheckpointMetadata
 from tests.faults import run_child
 
+# A forked child that inherits a pool of threads waits for them for ever.
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
 CONFIG = {"n_layer": 1, "n_head": 2, "n_embd": 4, "vocab_size": 16, "block_size": 8}

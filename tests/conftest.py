@@ -1,11 +1,14 @@
-"""What all tests share: a clean environment, Hypothesis's profiles, and `requires` for the tools that a test needs."""
+"""What all tests share: a clean environment, Hypothesis's profiles, `requires` for the tools that a test needs,
+and `counted` for what campaigns count, with the table of it at the end of a run."""
 
 import importlib.util
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -57,3 +60,49 @@ def _is_here(tool: str) -> bool:
 @pytest.fixture(name="requires")
 def _requires() -> Callable[..., None]:
     return requires
+
+
+# --- what the campaigns count --------------------------------------------------------------------
+
+
+class Tally:
+    """Keeps what a campaign counted with the test's report, which crosses from pytest-xdist's workers."""
+
+    def __init__(self, record: Callable[[str, object], None]) -> None:
+        self._record = record
+
+    def __call__(self, campaign: str, what: str, number: int) -> None:
+        """`number` of `what` (points killed, cuts made) were tried, and all was well."""
+        self._record("campaign", [campaign, what, number])
+
+    def caught(self, campaign: str, variant: str) -> None:
+        """The same check failed for code broken in this way."""
+        self._record("caught", [campaign, variant])
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Tally:
+    return Tally(record_property)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One table of all campaigns that passed: what was counted, and the broken variants that each caught."""
+    counts, caught = defaultdict(Counter), defaultdict(set)
+    for kind, values in _properties(terminalreporter.stats):
+        if kind == "campaign":
+            counts[values[0]][values[1]] += values[2]
+        elif kind == "caught":
+            caught[values[0]].add(values[1])
+    if counts or caught:
+        terminalreporter.section("campaigns")
+    for name in sorted({*counts, *caught}):
+        terminalreporter.line(f"{name}: {', '.join(f'{number:,} {what}' for what, number in counts[name].items())}")
+        if caught[name]:
+            terminalreporter.line(f"    caught: {', '.join(sorted(caught[name]))}")
+
+
+def _properties(stats: dict[str, list[Any]]) -> Iterator[tuple[str, Any]]:
+    """What tests that passed recorded, up to their end: what a fixture says when it is left is in the last report."""
+    passed = {report.nodeid for report in stats.get("passed", [])}
+    ends = (r for r in stats.get("", []) if getattr(r, "when", "") == "teardown" and r.nodeid in passed)
+    return (pair for report in ends for pair in report.user_properties)

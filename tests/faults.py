@@ -156,16 +156,29 @@ def run_child(body: Callable[[], object]) -> int:
     return end_of(start_child(body))
 
 
+@contextmanager
+def ended(processes: list[int]) -> Iterator[None]:
+    """End what was started, whatever happens."""
+    try:
+        yield
+    finally:
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+            end_of(pid)
+
+
 def wait_for(path: Path, seconds: float = 20.0) -> None:
     """Wait until another process has made the file `path`; TimeoutError when it doesn't."""
     wait_until(path.exists, seconds, f"{path} was not made")
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20.0, what: str = "it did not come about") -> None:
-    """Wait until `is_so()`; TimeoutError saying `what` when that takes more than `seconds`."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.005)):
+def wait_until(
+    is_so: Callable[[], bool], seconds: float = 20.0, what: str = "it did not come about", pause: float = 0.005
+) -> None:
+    """Wait until `is_so()`, asked every `pause` seconds; TimeoutError saying `what` when that takes over `seconds`."""
+    never = threading.Event()
+    for _ in range(int(seconds / pause)):
         if is_so():
             return
-        pause.wait(0.005)
+        never.wait(pause)
     raise TimeoutError(f"{what} within {seconds:g} seconds")

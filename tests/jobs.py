@@ -1,5 +1,6 @@
 """Small trainings that tests interrupt and compare: every source of chance is drawn from, nothing is left out."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,3 +119,13 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
 def cache_at(folder: Path, **settings: Any) -> TrainingCache:
     """A cache that saves any improvement."""
     return TrainingCache(folder, **{"min_improvement_threshold": 0.0, **settings})
+
+
+def as_python_would(body: Callable[[], object]) -> None:
+    """Run `body` in a forked child and end as Python ends a program that an exception leaves."""
+    try:
+        body()
+    except SystemExit as stop:
+        os._exit(stop.code if isinstance(stop.code, int) else 1)
+    except KeyboardInterrupt:
+        os._exit(130)

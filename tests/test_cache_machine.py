@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from ckptcache import TrainingCache
 from ckptcache.metadata import CheckpointMetadata
 from ckptcache.storage import fs, locks
 from tests.caches import file_of, flip, ids, save, tiny
+from tests.campaigns import variants
 from tests.faults import KillingSystem, run_child
 
 MAX_CHECKPOINTS, MAX_BYTES = 4, 14_000
@@ -63,8 +71,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.counter = 0
         self.reopen()
 
+    sequences = 0
+
     def teardown(self) -> None:
         if hasattr(self, "folder"):
+            CacheMachine.sequences += 1
             self.cache.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -313,7 +324,24 @@ def _quick_folder() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-TestCacheMachine = pytest.mark.timeout(1800)(CacheMachine.TestCase)
-TestCacheMachine.settings = settings(
-    max_examples=1000 if os.environ.get("CKPTCACHE_HYPOTHESIS") == "ci" else 200, stateful_step_count=20, deadline=None
-)
+@pytest.mark.timeout(1800)
+class TestCacheMachine(CacheMachine.TestCase):
+    settings = settings(
+        max_examples=1000 if os.environ.get("CKPTCACHE_HYPOTHESIS") == "ci" else 200,
+        stateful_step_count=20,
+        deadline=None,
+    )
+
+    @pytest.fixture(autouse=True)
+    def _count(self, counted):
+        CacheMachine.sequences = 0
+        yield
+        counted("state machine", "sequences", CacheMachine.sequences)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_machine_shows_leftovers_that_stay(counted):
+    quick = settings(max_examples=300, stateful_step_count=20, deadline=None, database=None, phases=[Phase.generate])
+    with variants.keeping_leftovers(), pytest.raises((AssertionError, BaseExceptionGroup)):
+        run_state_machine_as_test(CacheMachine, settings=quick)
+    counted.caught("state machine", variants.name_of(variants.keeping_leftovers))

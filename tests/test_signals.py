@@ -14,19 +14,9 @@ import torch
 from ckptcache.session import TrainingSession
 from ckptcache.storage import locks
 from tests.faults import end_of, start_child, wait_for, wait_until
-from tests.jobs import Job, cache_at
+from tests.jobs import Job, as_python_would, cache_at
 
 ROOT = Path(__file__).parent.parent
-
-
-def as_python_would(body):
-    """Run `body` and end as Python ends a program that an exception leaves."""
-    try:
-        body()
-    except SystemExit as stop:
-        os._exit(stop.code if isinstance(stop.code, int) else 1)
-    except KeyboardInterrupt:
-        os._exit(130)
 
 
 def train(folder, *, in_step=None, objects=None, pause=0.0, **options):
@@ -242,7 +232,7 @@ def test_auto_leaves_a_session_alone_that_is_still_running(tmp_path):
 
 PROGRAM = """
 import sys, pathlib
-from tests.jobs import Job, cache_at
+from tests.jobs import Job, as_python_would, cache_at
 folder = pathlib.Path(sys.argv[1])
 job = Job()
 job.run(cache_at(folder), 10**6, in_step=lambda s, done: (folder / f"step-{done}").touch())

@@ -125,7 +125,8 @@ def open_regular(path: Path) -> BinaryIO:
 def read_bytes(path: Path, *, limit: int) -> bytes:
     """All of a small regular file; ValueError when it is longer than `limit` bytes."""
     with open_regular(path) as file:
-        data = file.read(limit + 1)
+        # Python takes memory for all that it is asked to read, and limits are far above what is there.
+        data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(data) > limit:
         raise ValueError(f"it is longer than {limit} bytes")
     return data

@@ -323,6 +323,7 @@ def test_only_regular_files_are_opened_and_nothing_hangs(tmp_path: Path, monkeyp
 def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert fs.read_bytes(tmp_path / "f", limit=3) == b"abc"
+    assert fs.read_bytes(tmp_path / "f", limit=2**40) == b"abc", "and no more memory is taken than it needs"
     with pytest.raises(ValueError, match="longer than 2 bytes"):
         fs.read_bytes(tmp_path / "f", limit=2)
 

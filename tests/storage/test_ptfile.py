@@ -322,7 +322,7 @@ def found_damaged(path, written):
     return True
 
 
-def test_every_truncation_is_found(checkpoint):
+def test_every_truncation_is_found(checkpoint, counted):
     path, written = checkpoint
     assert 20_000 < written.size < 60_000
     found = 0
@@ -333,6 +333,7 @@ def test_every_truncation_is_found(checkpoint):
         except CheckpointDamaged:
             found += 1
     assert found == written.size
+    counted("bit rot", "truncations found in a file", found)
 
 
 def test_a_truncation_is_found_by_the_digest_alone(checkpoint):
@@ -358,13 +359,14 @@ def flip(path, at, bit):
         file.write(bytes([byte ^ 1 << bit]))
 
 
-def test_every_flipped_bit_is_found(checkpoint):
+def test_every_flipped_bit_is_found(checkpoint, counted):
     path, written = checkpoint
     for at, bit in flips(written.size, 3000):
         flip(path, at, bit)
         assert found_damaged(path, written), (at, bit)
         flip(path, at, bit)
     assert ptfile.read(path, size=written.size, digest=written.digest).record == RECORD
+    counted("bit rot", "flipped bits found in a file", 3000)
 
 
 def test_every_zeroed_page_is_found(checkpoint):
@@ -539,7 +541,7 @@ def corpus(tmp_path_factory):
     return folder, labels
 
 
-def test_every_hostile_file_is_refused_and_nothing_happens(corpus):
+def test_every_hostile_file_is_refused_and_nothing_happens(corpus, counted):
     folder, labels = corpus
     for name, label in labels.items():
         path = folder / "files" / name
@@ -550,6 +552,7 @@ def test_every_hostile_file_is_refused_and_nothing_happens(corpus):
             assert str(path) in str(caught.value), label
             assert "\n" not in str(caught.value), label
     assert sorted(p.name for p in folder.iterdir()) == ["files", "inner.pt"]
+    counted("hostile input", "files by themselves", len(labels))
 
 
 def test_a_file_that_would_run_code_is_called_unsafe_and_says_what_it_calls(corpus):

@@ -454,16 +454,17 @@ def keeps_every_checkpoint(cache):
     return opened
 
 
-def test_a_truncated_index_is_rebuilt_whole_wherever_it_was_cut(full):
+def test_a_truncated_index_is_rebuilt_whole_wherever_it_was_cut(full, counted):
     data = full.file.path.read_bytes()
     for length in range(len(data.rstrip())):
         full.file.path.write_bytes(data[:length])
         opened = keeps_every_checkpoint(full)
         assert opened.broken is not None
         assert contents(opened.index) == contents(full.index)
+    counted("lost index", "truncations seen through", len(data.rstrip()))
 
 
-def test_no_random_damage_to_the_index_loses_a_checkpoint(full):
+def test_no_random_damage_to_the_index_loses_a_checkpoint(full, counted):
     broken = 0
     for damaged in mutations(full.file.path.read_bytes(), 500, seed=2):
         full.file.path.write_bytes(damaged)
@@ -472,6 +473,7 @@ def test_no_random_damage_to_the_index_loses_a_checkpoint(full):
         except IndexTooNew:
             assert b'"schema_version": 2' not in damaged
     assert broken > 200
+    counted("lost index", "mutations seen through", 500)
 
 
 def test_damage_to_the_generation_before_loses_no_checkpoint_either(full):

@@ -1,24 +1,25 @@
-"""A process that is killed, or refused, at each of the system calls that an operation of the cache makes."""
+"""What is done to a cache while it is killed, or refused: the folder before, the act, and what must hold afterwards."""
 
-import errno
 import gc
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from ckptcache import TrainingCache
-from ckptcache.errors import CkptCacheError, SaveFailed
-from ckptcache.storage import fs, locks
+from ckptcache.errors import SaveFailed
+from ckptcache.metadata import SessionRecord
+from ckptcache.storage import locks
+from ckptcache.storage.index import IndexFile
 from tests.caches import file_of, flip, ids, save, temporary_files, tiny
-from tests.faults import CountingSystem, FailingSystem, KillingSystem, run_child, swapped
+from tests.faults import CountingSystem, swapped
 
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EROFS)
 LIMIT = 3
+DISCARDED = "sess_discarded"
 
 Act = Callable[[TrainingCache], Any]
 
@@ -73,6 +74,28 @@ def prune_to_one(cache: TrainingCache) -> None:
     TrainingCache(cache.cache_dir, max_checkpoints=1, keep_latest=0).prune()
 
 
+def save_that_is_taken_back(cache: TrainingCache) -> None:
+    """The disk refuses right after the index was committed, so that the old one has to be put back."""
+    commit, calls = IndexFile.commit, []
+
+    def commit_and_fail(*arguments: Any, **named: Any) -> None:
+        commit(*arguments, **named)
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("the disk is gone for a moment")
+
+    with patch.object(IndexFile, "commit", commit_and_fail), pytest.raises(SaveFailed):
+        new_best(cache)
+
+
+def fill_in_a_session(cache: TrainingCache) -> None:
+    fill(cache)
+    cache.unpin(cache.checkpoints()[-1].id)
+    cache.unname("slot-1")
+    session = cache.record_session(SessionRecord(id=DISCARDED))
+    save(cache, 0.75, iteration=8, session=session)
+
+
 # What is there before, and what is then cut short.
 SCENARIOS: dict[str, tuple[Act, Act]] = {
     "a save that evicts": (fill, new_best),
@@ -83,11 +106,12 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "pruning": (fill, prune_to_one),
     "an import": (fill, import_one),
     "a save over a broken index": (break_index, new_best),
+    "a save that is taken back": (fill, save_that_is_taken_back),
+    "a session that is discarded": (fill_in_a_session, lambda cache: cache.forget_session(DISCARDED)),
     "a repair": (break_index, lambda cache: cache.doctor(repair=True)),
 }
 # What pins and names, or has to do with the generation before.
 CHANGING_MARKS = ("pins, names and tags", "pruning", "a save over a broken index", "a repair")
-EVERY = [pytest.param(n, marks=[pytest.mark.campaign] if i > 1 else []) for i, n in enumerate(SCENARIOS)]
 
 
 class Stage:
@@ -100,7 +124,7 @@ class Stage:
         with opened(self.template) as cache:
             prepare(cache)
         self.keeps_marks = scenario not in CHANGING_MARKS
-        found = opened(self.template).checkpoints()
+        found = [r for r in opened(self.template).checkpoints() if r.session != DISCARDED]
         self.acknowledged, self.names = {r.id: r for r in found}, opened(self.template).names()
         self.pinned = {r.id for r in found if r.pinned}
         self.spoilt = {f.subject for f in opened(self.template).doctor() if f.kind == "damaged"}
@@ -147,91 +171,3 @@ class Stage:
     def unsigned(self) -> set[str]:
         """Leases of those killed before they could sign: whose they are nobody knows, so that they stay."""
         return {path.stem for path in self.folder.glob("sessions/*.lock") if locks.lease_state(path) == "unknown"}
-
-
-# --- killed --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("torn", [False, True])
-@pytest.mark.parametrize("scenario", EVERY)
-@pytest.mark.timeout(600)
-def test_nothing_acknowledged_is_lost_by_a_kill_at_any_operation(tmp_path, scenario, torn):
-    stage = Stage(tmp_path, scenario)
-    operations = stage.operations()
-    assert len(operations) > 10
-    for at, operation in enumerate(operations):
-        if torn and operation != "write":
-            continue
-        stage.lay_out()
-
-        def child(at: int = at) -> None:
-
-            fs.system = KillingSystem(at, torn=torn)
-            with opened(stage.folder) as cache:
-                stage.act(cache)
-
-        assert run_child(child) == -signal.SIGKILL
-        stage.check()
-
-
-# --- refused -------------------------------------------------------------------------------------
-
-
-def tries(operations: int, everything: bool) -> list[tuple[int, int]]:
-    """Which operation fails how: every one in every way, or each in one way, in turn."""
-    if everything:
-        return [(at, error) for at in range(operations) for error in ERRORS]
-    return [(at, ERRORS[at % len(ERRORS)]) for at in range(operations)]
-
-
-def refused(stage: Stage, at: int, error: int, *, lasting: bool) -> CkptCacheError | None:
-    """The error that the act ends with when an operation fails; anything but an error of ours is raised."""
-    stage.lay_out()
-    cache, caught = opened(stage.folder), None
-    with swapped(FailingSystem(at, error, lasting=lasting)) as failing:
-        try:
-            stage.act(cache)
-        except CkptCacheError as raised:
-            caught = raised
-        cache.close()
-    assert failing.hit
-    if not lasting and stage.act is new_best and caught is not None:
-        check_left_alone(stage, cache)
-    return caught
-
-
-def check_left_alone(stage: Stage, cache: TrainingCache) -> None:
-    assert ids(cache.checkpoints()) == ids(opened(stage.template).checkpoints())
-    assert temporary_files(stage.folder) == []
-    assert cache.names() == opened(stage.template).names()
-
-
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.campaign)])
-@pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.timeout(600)
-def test_a_save_that_is_refused_at_any_operation_says_so_and_leaves_the_old_set_as_it_was(
-    tmp_path, everything, lasting
-):
-    stage = Stage(tmp_path, "a save that evicts")
-    count, failed = len(stage.operations()), 0
-    for at, error in tries(count, everything):
-        caught = refused(stage, at, error, lasting=lasting)
-        if caught is not None:
-            failed += 1
-            assert len(str(caught)) > 40
-            assert isinstance(caught, SaveFailed) or "written" in str(caught)
-        stage.check()
-    assert failed > count // 2, "what fails after the commit is survived; everything before it is not"
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("scenario", list(SCENARIOS))
-@pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.timeout(900)
-def test_an_operation_of_any_kind_that_is_refused_ends_in_an_error_of_ours_and_leaves_a_sound_cache(
-    tmp_path, scenario, lasting
-):
-    stage = Stage(tmp_path, scenario)
-    for at, error in tries(len(stage.operations()), everything=True):
-        refused(stage, at, error, lasting=lasting)
-        stage.check()

@@ -1,0 +1,51 @@
+"""A process that is killed at each of the system calls that an operation of the cache makes."""
+
+import signal
+from contextlib import nullcontext
+
+import pytest
+
+from ckptcache.errors import CkptCacheError
+from tests.campaigns import variants
+from tests.campaigns.stages import SCENARIOS, Stage, opened
+from tests.faults import KillingSystem, run_child
+
+CAMPAIGN = "kills"
+EVERY = [pytest.param(n, marks=[pytest.mark.campaign] if i > 1 else []) for i, n in enumerate(SCENARIOS)]
+
+
+def killed_everywhere(stage: Stage, *, torn: bool, variant: variants.Variant = nullcontext) -> int:
+    """Kill and check at every operation, or halfway through every write; returns how many there were."""
+    points = [at for at, name in enumerate(stage.operations()) if not torn or name == "write"]
+    for at in points:
+        stage.lay_out()
+
+        def child(at: int = at) -> None:
+            from ckptcache.storage import fs
+
+            fs.system = KillingSystem(at, torn=torn)
+            with opened(stage.folder) as cache:
+                stage.act(cache)
+
+        with variant():
+            assert run_child(child) == -signal.SIGKILL
+            stage.check()
+    return len(points)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("scenario", EVERY)
+@pytest.mark.timeout(600)
+def test_nothing_acknowledged_is_lost_by_a_kill_at_any_operation(quick_path, counted, scenario, torn):
+    killed = killed_everywhere(Stage(quick_path, scenario), torn=torn)
+    assert killed > 10 or torn
+    counted(CAMPAIGN, "halves of writes" if torn else "operations", killed)
+
+
+@pytest.mark.parametrize("variant", [variants.evicting_before_the_commit, variants.keeping_leftovers])
+@pytest.mark.timeout(600)
+def test_a_kill_shows_an_order_that_is_wrong(quick_path, counted, variant):
+    stage = Stage(quick_path, "a save that evicts")
+    with pytest.raises((AssertionError, CkptCacheError)):
+        killed_everywhere(stage, torn=False, variant=variant)
+    counted.caught(CAMPAIGN, variants.name_of(variant))
