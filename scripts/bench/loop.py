@@ -10,7 +10,7 @@ from threading import Event, Thread
 from bench import disk, meters
 from bench.cases import Case, Options, Result, figures, memory, result
 from bench.peers import PEERS, Peer, missing
-from bench.tabulate import peer_columns, ratios, shown, yes_no
+from bench.tabulate import named, ratios, shown, times, yes_no
 from bench.workload import Training, calibrate, make_training, parse_size
 from ckptcache import words
 from ckptcache.cli import tables
@@ -200,16 +200,16 @@ def report(results: list[Result]) -> list[str]:
     some = next((r for r in results if "step_ms" in r), None)
     if some is None:
         return ["loop: nothing was measured", ""]
+    ranges = [[_range(r.get(f"{key}_ms_quartiles")) for r in results] for key in ("added", "added_processor")]
     lines = tables.table(
         [
-            *peer_columns(results, {"added": "added_ms"}),
-            tables.Column("added quartiles", [_range(r.get("added_ms_quartiles")) for r in results], right=True),
+            named(results),
+            *times(results, {"added": "added_ms"}),
+            tables.Column("added quartiles", ranges[0], keep=30, right=True),
             tables.Column("× best", ratios(results, "added_ms"), right=True),
-            *peer_columns(results, {"processor": "added_processor_ms"})[1:],
-            tables.Column(
-                "processor quartiles", [_range(r.get("added_processor_ms_quartiles")) for r in results], right=True
-            ),
-            *peer_columns(results, {"blocked": "blocked_ms", "finished": "finished_ms"})[1:],
+            *times(results, {"processor": "added_processor_ms"}),
+            tables.Column("processor quartiles", ranges[1], keep=20, right=True),
+            *times(results, {"blocked": "blocked_ms", "finished": "finished_ms"}),
             tables.Column("durable by itself", [r.get("durable", "") for r in results]),
             tables.Column("verified", yes_no(results, "verified")),
         ]

@@ -12,7 +12,7 @@ import torch
 from bench import disk, meters
 from bench.cases import Case, Options, Result, figures, result
 from bench.peers import PEERS, Peer, TorchNoCrc, missing
-from bench.tabulate import memory_ratios, peer_columns, ratios, yes_no
+from bench.tabulate import memory_ratios, named, ratios, times, yes_no
 from bench.workload import Training, make_training, parse_size
 from ckptcache import words
 from ckptcache.cli import tables
@@ -141,12 +141,13 @@ def report(results: list[Result]) -> list[str]:
     goal = sum(r["warm_ms"] for r in results if r.get("yardstick") and "warm_ms" in r)
     lines = tables.table(
         [
-            *peer_columns(results, {"warm": "warm_ms"}),
+            named(results),
+            *times(results, {"warm": "warm_ms"}),
             tables.Column("× best", ratios(results, "warm_ms"), right=True),
             tables.Column("× mapped + read", ratios(results, "warm_ms", goal), right=True),
-            *peer_columns(results, {"warm + first step": "warm_step_ms", "cold": "cold_ms"})[1:],
-            *peer_columns(results, {"cold + first step": "cold_step_ms", "processor": "processor_ms"})[1:],
-            tables.Column("memory × state", memory_ratios(results), right=True),
+            *times(results, {"warm + first step": "warm_step_ms", "cold": "cold_ms"}),
+            *times(results, {"cold + first step": "cold_step_ms", "processor": "processor_ms"}),
+            tables.Column("memory × state", memory_ratios(results), keep=50, right=True),
             tables.Column("verified", yes_no(results, "verified")),
         ]
     )

@@ -13,7 +13,7 @@ import numpy as np
 from bench import disk, meters
 from bench.cases import Case, Options, Result, figures, result
 from bench.peers import PEERS, Peer, missing
-from bench.tabulate import memory_ratios, peer_columns, ratios, yes_no
+from bench.tabulate import memory_ratios, named, ratios, times, yes_no
 from bench.workload import Training, make_training, parse_size
 from ckptcache import words
 from ckptcache.cli import tables
@@ -189,17 +189,18 @@ def _one_size(rows: list[Result]) -> list[str]:
     raw = raw_write(rows)
     lines = tables.table(
         [
-            *peer_columns(rows, {"blocked": "blocked_ms"}),
+            named(rows),
+            *times(rows, {"blocked": "blocked_ms"}),
             tables.Column("× best", ratios(rows, "blocked_ms"), right=True),
-            *peer_columns(rows, {"call": "call_ms", "wait": "wait_ms", "finished": "finished_ms"})[1:],
-            *peer_columns(rows, {"durable": "durable_ms"})[1:],
+            *times(rows, {"call": "call_ms", "wait": "wait_ms", "finished": "finished_ms"}, keep=20),
+            *times(rows, {"durable": "durable_ms"}),
             tables.Column("× raw", ratios(rows, "durable_ms", raw), right=True),
-            *peer_columns(rows, {"processor": "processor_ms"})[1:],
-            tables.Column("memory × state", memory_ratios(rows), right=True),
-            tables.Column("disk", [words.size(r.get("disk_bytes")) for r in rows], right=True),
+            *times(rows, {"processor": "processor_ms"}),
+            tables.Column("memory × state", memory_ratios(rows), keep=50, right=True),
+            tables.Column("disk", [words.size(r.get("disk_bytes")) for r in rows], keep=30, right=True),
             tables.Column("durable by itself", [r.get("durable", "") for r in rows]),
             tables.Column("verified", yes_no(rows, "verified")),
-            tables.Column("atomic", yes_no(rows, "atomic")),
+            tables.Column("atomic", yes_no(rows, "atomic"), keep=40),
         ]
     )
     held = next((r["bytes"] for r in rows if "bytes" in r), rows[0]["size"])
@@ -219,7 +220,7 @@ def _growth(results: list[Result], sizes: Sequence[int]) -> list[str]:
         for what in ("blocked", "durable")
         for size in sizes
     ]
-    return ["save: how it grows, in milliseconds", "", *tables.table([peer_columns(rows, {})[0], *columns]), ""]
+    return ["save: how it grows, in milliseconds", "", *tables.table([named(rows), *columns]), ""]
 
 
 def _cell(value: float | None) -> str:

@@ -12,11 +12,16 @@ def title(row: Result) -> str:
     return PEERS[row["name"]].title if row["name"] in PEERS else str(row["name"])
 
 
-def peer_columns(rows: Sequence[Result], columns: Mapping[str, str]) -> list[tables.Column]:
-    """What each row is called, or why it has no figures, and a column for each of `columns`, title to key."""
+def named(rows: Sequence[Result]) -> tables.Column:
+    """What each row is called, or why it has no figures."""
+    return tables.Column("peer", [f"{title(row)}{_why_empty(row)}" for row in rows])
+
+
+def times(rows: Sequence[Result], columns: Mapping[str, str], keep: int = tables.ALWAYS) -> list[tables.Column]:
+    """A column of milliseconds for each of `columns`, title to key; the lower `keep`, the sooner one goes."""
     return [
-        tables.Column("peer", [f"{title(row)}{_why_empty(row)}" for row in rows]),
-        *(tables.Column(name, [shown(row.get(key)) for row in rows], right=True) for name, key in columns.items()),
+        tables.Column(name, [shown(row.get(key)) for row in rows], keep=keep, right=True)
+        for name, key in columns.items()
     ]
 
 
