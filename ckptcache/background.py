@@ -15,6 +15,7 @@ log = logging.getLogger("ckptcache")
 class _Flight:
     thread: threading.Thread
     staging: Staging
+    may_go: threading.Event
 
 
 class InFlight:
@@ -33,7 +34,7 @@ class InFlight:
         self._errors: dict[str | None, BaseException] = {}
 
     def start(self, write: Callable[[], object], staging: Staging, owner: str | None) -> bool:
-        """Run `write` in a thread, unless there is another in flight already; returns whether it was started.
+        """Run `write` in a thread from `go` on, unless there is another in flight; returns whether it was started.
 
         Not a daemon: the interpreter waits for it at exit, so that no half file is left behind.
 
@@ -44,10 +45,16 @@ class InFlight:
         with self._turn:
             if self._flight is not None and self._flight.thread.is_alive():
                 return False
-            thread = threading.Thread(target=self._run, args=(write, staging, owner), name="ckptcache-save")
+            may_go = threading.Event()
+            thread = threading.Thread(target=self._run, args=(write, staging, owner, may_go), name="ckptcache-save")
             thread.start()
-            self._flight = _Flight(thread, staging)
+            self._flight = _Flight(thread, staging, may_go)
         return True
+
+    def go(self) -> None:
+        """Let what was started begin: it would take the interpreter's lock from a caller who isn't done yet."""
+        if self._flight is not None:
+            self._flight.may_go.set()
 
     def settle(self) -> None:
         """Wait until the tensors that this thread saves may be changed; the file may still be on its way."""
@@ -68,7 +75,10 @@ class InFlight:
         if error is not None:
             raise error
 
-    def _run(self, write: Callable[[], object], staging: Staging, owner: str | None) -> None:
+    def _run(
+        self, write: Callable[[], object], staging: Staging, owner: str | None, may_go: threading.Event
+    ) -> None:
+        may_go.wait()
         try:
             write()
         except BaseException as error:

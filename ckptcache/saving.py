@@ -61,6 +61,8 @@ class Saver:
             _end(staging)
             _withdraw(publication)
             raise
+        finally:
+            self.in_flight.go()
         if staging.must_settle_at_once:
             staging.settle()
         return draft.record
