@@ -75,9 +75,7 @@ class InFlight:
         if error is not None:
             raise error
 
-    def _run(
-        self, write: Callable[[], object], staging: Staging, owner: str | None, may_go: threading.Event
-    ) -> None:
+    def _run(self, write: Callable[[], object], staging: Staging, owner: str | None, may_go: threading.Event) -> None:
         may_go.wait()
         try:
             write()

@@ -20,6 +20,7 @@ from ckptcache.metadata import CheckpointMetadata
 from ckptcache.policy import quality
 from ckptcache.signals import SignalWatch
 from ckptcache.state import staging
+from ckptcache.state.arena import Arena
 from ckptcache.storage import fs, locks, ptfile, reconcile
 from tests.faults import swapped
 
@@ -224,4 +225,11 @@ def without_waiting_for_the_copy() -> Iterator[None]:
         patch.object(staging.Staging, "settle", lambda _: None),
         patch.object(staging.Staging, "_has_changed", lambda _: False),
     ):
+        yield
+
+
+@contextmanager
+def insisting_on_a_copy() -> Iterator[None]:
+    """Memory is taken, whether it is there or not."""
+    with patch.object(Arena, "take", lambda _, size: memoryview(bytearray(size))):
         yield
