@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import orjson
-import torch
 
 from ckptcache.catalog import Catalog
 from ckptcache.environment import environment
@@ -14,9 +13,10 @@ from ckptcache.errors import InvalidValue, NotSavable
 from ckptcache.metadata import CheckpointMetadata, SaveReason, SessionRecord, check_id, new_checkpoint_id, utc_now
 from ckptcache.policy import quality
 from ckptcache.policy.compatibility import CriticalParams, Description, architecture_key
-from ckptcache.state.capture import Captured, capture, walk
+from ckptcache.state.capture import Captured, capture, tensors_in
 from ckptcache.state.restore import RNG
 from ckptcache.state.rng import is_rng_state
+from ckptcache.state.staging import storages_of
 from ckptcache.storage import ptfile
 from ckptcache.storage.index import Index
 from ckptcache.storage.reconcile import Observed, sidecar_bytes
@@ -99,12 +99,7 @@ def embedded(draft: Draft) -> dict[str, Any]:
 
 def bytes_needed(draft: Draft) -> int:
     """Bytes that the file will take, generously."""
-    storages = {
-        (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
-        for _, t in walk(draft.state)
-        if isinstance(t, torch.Tensor) and t.layout is torch.strided
-    }
-    return sum(storages.values()) + _OVERHEAD
+    return sum(storage.nbytes() for storage in storages_of(tensors_in(draft.state)).values()) + _OVERHEAD
 
 
 def improves(catalog: Catalog, draft: Draft) -> bool:

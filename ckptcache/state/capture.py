@@ -190,6 +190,24 @@ def learning_rates(objects: Mapping[str, Any]) -> tuple[float, ...]:
     return ()
 
 
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors of a tree of mappings, lists and tuples, in order."""
+    found: list[torch.Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
+    if isinstance(tree, torch.Tensor):
+        found.append(tree)
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            _collect(value, found)
+    elif type(tree) in (list, tuple):
+        for value in tree:
+            _collect(value, found)
+
+
 def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a tree of mappings, lists and tuples, with their dotted paths."""
     if isinstance(tree, Mapping):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ckptcache.state.capture import walk
+from ckptcache.state.capture import tensors_in, walk
 
 log = logging.getLogger("ckptcache")
 AT_ONCE = 16 << 20
@@ -60,7 +60,8 @@ class Staging:
     """
 
     def __init__(self, state: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
-        storages = _storages(state)
+        tensors = [tensor for tensor in tensors_in(state) if _is_dense(tensor)]
+        storages = storages_of(tensors)
         later = changed_by_steps_only(objects)
         now = {key: storage for key, storage in storages.items() if key not in later}
         if _total(storages.values()) <= AT_ONCE:
@@ -70,8 +71,7 @@ class Staging:
         copies = {} if self.must_settle_at_once else {key: _clone(storage) for key, storage in now.items()}
         self.state = _moved(state, copies)
         """The same tree; what was copied at once shares nothing with the live objects any more."""
-        live = [tensor for tensor in _tensors(state) if _is_dense(tensor) and _key(tensor) not in copies]
-        self._live = [(tensor, _version(tensor)) for tensor in live]
+        self._live = [(tensor, _version(tensor)) for tensor in tensors if _key(tensor) not in copies]
         self._streams = _side_streams(storage for key, storage in storages.items() if key not in copies)
         self.caller = threading.current_thread()
         """The thread that saves, and is taken to be the one that changes the tensors."""
@@ -213,7 +213,7 @@ def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
     optimizers = [value for value in found if isinstance(value, Optimizer)]
     modules = [value for value in found if isinstance(value, nn.Module)]
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    kept = [t for optimizer in optimizers for state in optimizer.state.values() for t in _tensors(state)]
+    kept = [t for optimizer in optimizers for state in optimizer.state.values() for t in tensors_in(state)]
     ids = {id(parameter) for parameter in trained}
     beside = [p for module in modules for p in _parameters_beside(module, ids)]
     buffers = {_key(buffer) for module in modules for buffer in module.buffers() if _is_dense(buffer)}
@@ -223,11 +223,6 @@ def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
 def _parameters_beside(module: nn.Module, trained: set[int]) -> list[nn.Parameter]:
     parameters = list(module.parameters())
     return parameters if any(id(parameter) in trained for parameter in parameters) else []
-
-
-def is_stageable(state: Mapping[str, Any]) -> bool:
-    """Whether every tensor is of a kind whose bytes can be laid out before they are read; quantised ones are not."""
-    return not any(tensor.is_quantized or tensor.is_nested for tensor in _tensors(state))
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -243,12 +238,10 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if _is_dense(tensor) else 0
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (value for _, value in walk(tree) if isinstance(value, torch.Tensor))
-
-
-def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    return {_key(tensor): tensor.untyped_storage() for tensor in _tensors(tree) if _is_dense(tensor)}
+def storages_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The storages that the bytes of strided tensors are in, each once, by what tells them apart."""
+    found = (tensor.untyped_storage() for tensor in tensors if _is_dense(tensor))
+    return {storage._cdata: storage for storage in found}
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
