@@ -124,7 +124,7 @@ class Saver:
     def _fill_from_copy(self, draft: Draft, publication: Publication, staging: Staging) -> Written:
         """Write what was copied; where there is no memory for a copy, or no plan, what is live, before it changes."""
         planned = None if staging.is_settled else _planned(draft)
-        image = None if planned is None else self._arena.take(planned.size)
+        image = None if planned is None else self._arena.take(planned.size, pinned=staging.is_on_cuda)
         if planned is None or image is None:
             written = ptfile.write(publication.file, draft.state, embedded(draft))
             staging.copied_elsewhere()

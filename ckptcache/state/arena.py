@@ -1,11 +1,14 @@
 """Memory to stage saves in: taken once, used again for each, given back after a while without any."""
 
 import contextlib
+import ctypes
 import mmap
 import sys
 import threading
 import weakref
 from pathlib import Path
+
+import torch
 
 IDLE_SECONDS = 300.0
 """How long memory is kept for the next save: fresh pages for 1.5 GB cost more than copying as much into used ones."""
@@ -26,17 +29,26 @@ class Arena:
     def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
         self._idle_seconds = idle_seconds
         self._memory: mmap.mmap | None = None
+        self._is_pinned = False
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
-    def take(self, size: int) -> memoryview | None:
-        """`size` bytes, whatever they hold; None where memory doesn't suffice for them beside everything else."""
+    def take(self, size: int, *, pinned: bool = False) -> memoryview | None:
+        """`size` bytes, whatever they hold; None where memory doesn't suffice for them beside everything else.
+
+        Args:
+            pinned: lock the pages for the copies of a CUDA device, where its driver lets us.
+        """
         with self._lock:
             self._stop_timer()
             if self._memory is None or len(self._memory) < size:
-                self._memory = None  # the old goes before the new comes
+                self._drop()  # the old goes before the new comes
                 self._memory = _allocate(size)
-            return None if self._memory is None else memoryview(self._memory)[:size]
+            if self._memory is None:
+                return None
+            if pinned and not self._is_pinned:
+                self._is_pinned = _register(self._memory)
+            return memoryview(self._memory)[:size]
 
     def give_back(self) -> None:
         """The save is over; unless another one comes, the memory goes after a while."""
@@ -52,7 +64,13 @@ class Arena:
         """Give the memory back to the system now; whoever still holds a view of it keeps it until then."""
         with self._lock:
             self._stop_timer()
-            self._memory = None
+            self._drop()
+
+    def _drop(self) -> None:
+        memory, self._memory = self._memory, None
+        if self._is_pinned and memory is not None:
+            torch.cuda.cudart().cudaHostUnregister(_address(memory))  # type: ignore[no-untyped-call]
+        self._is_pinned = False
 
     @property
     def size(self) -> int:
@@ -97,6 +115,14 @@ def _anonymous(size: int) -> mmap.mmap:
 
 def _wipe_on_fork() -> int | None:
     return _WIPE_ON_FORK if sys.platform == "linux" else None
+
+
+def _register(memory: mmap.mmap) -> bool:
+    return int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0)) == 0  # type: ignore[no-untyped-call]
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def available_bytes() -> int | None:

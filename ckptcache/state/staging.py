@@ -89,6 +89,11 @@ class Staging:
         """Whether nothing of the live tensors is needed any more."""
         return self._is_settled
 
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether some of it is copied from a CUDA device."""
+        return bool(self._streams)
+
     # --- in the thread that changes tensors ------------------------------------------------------
 
     def settle(self) -> None:
