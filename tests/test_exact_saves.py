@@ -130,8 +130,8 @@ def slow_copies(monkeypatch):
     """Every tensor takes its time to be copied, so that training overtakes whatever it can."""
     copy = staging._copy
 
-    def slowly(target, source):
-        piece = copy(target, source)
+    def slowly(*what):
+        piece = copy(*what)
         return lambda: (time.sleep(random.random() * 0.002), piece())
 
     with monkeypatch.context() as patch, swapped(SlowDisk()):

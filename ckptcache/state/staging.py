@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -128,10 +127,9 @@ class Staging:
 
         Raises RuntimeError where a storage was resized since it was laid out.
         """
-        target = np.frombuffer(image, dtype=np.uint8)
         for offset, content in between:
-            target[offset : offset + len(content)] = np.frombuffer(content, dtype=np.uint8)
-        self._work.share(_pieces(target, placed))
+            image[offset : offset + len(content)] = content
+        self._work.share(_pieces(image, placed))
         self._planned.set()
         with _beside(self._streams):
             self._work.join_in()
@@ -250,7 +248,12 @@ def storages_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStora
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    copy: torch.UntypedStorage = storage.clone()  # type: ignore[no-untyped-call]
+    if storage.device.type != "cpu":
+        on_device: torch.UntypedStorage = storage.clone()  # type: ignore[no-untyped-call]
+        return on_device
+    copy = torch.UntypedStorage(storage.nbytes())  # type: ignore[no-untyped-call]
+    # torch's own copy would wake its threads for each of a thousand small ones.
+    ctypes.memmove(copy.data_ptr(), storage.data_ptr(), storage.nbytes())
     return copy
 
 
@@ -330,18 +333,18 @@ class _Work:
             raise self._error
 
 
-def _pieces(target: "np.ndarray[Any, np.dtype[np.uint8]]", placed: Iterable[Placed]) -> Iterator[Piece]:
+def _pieces(image: memoryview, placed: Iterable[Placed]) -> Iterator[Piece]:
     """Copies of about equal size: large storages in parts, small ones together."""
     gathered: list[Piece] = []
     size = 0
     for each in placed:
         if each.storage.nbytes() != each.length:
             raise RuntimeError(f"a tensor was resized while it was saved, from {each.length} bytes")
-        source = torch.empty(0, dtype=torch.uint8, device=each.storage.device).set_(each.storage)
         for start in range(0, each.length, _PIECE):
-            end = min(start + _PIECE, each.length)
-            gathered.append(_copy(target[each.offset + start : each.offset + end], source[start:end]))
-            size += end - start
+            length = min(_PIECE, each.length - start)
+            at = each.offset + start
+            gathered.append(_copy(image[at : at + length], each.storage, start))
+            size += length
             if size >= _PIECE:
                 yield _all(gathered)
                 gathered, size = [], 0
@@ -349,17 +352,19 @@ def _pieces(target: "np.ndarray[Any, np.dtype[np.uint8]]", placed: Iterable[Plac
         yield _all(gathered)
 
 
-def _copy(target: "np.ndarray[Any, np.dtype[np.uint8]]", source: torch.Tensor) -> Piece:
-    if source.device.type == "cpu":
-        # Half the processor time of torch's own copy of bytes, and without the interpreter's lock as well.
-        return lambda: np.copyto(target, _bytes_of(source))
-    return lambda: torch.from_numpy(target).copy_(source, non_blocking=True)
+def _copy(target: memoryview, storage: torch.UntypedStorage, start: int) -> Piece:
+    if storage.device.type != "cpu":
+        source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[start : start + len(target)]
+        return lambda: torch.frombuffer(target, dtype=torch.uint8).copy_(source, non_blocking=True)
+    # Half the processor time of torch's own copy of bytes, and without the interpreter's lock as well.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(target))
+    return lambda: _copy_bytes(address, storage, start, len(target))
 
 
-def _bytes_of(data: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """The memory of a tensor of bytes on the CPU. `Tensor.numpy` would leave a storage that can't be resized."""
-    memory: Any = (ctypes.c_uint8 * len(data)).from_address(data.data_ptr())
-    return np.ctypeslib.as_array(memory)
+def _copy_bytes(address: int, storage: torch.UntypedStorage, start: int, length: int) -> None:
+    if storage.nbytes() < start + length:
+        raise RuntimeError("a tensor was resized while it was saved")
+    ctypes.memmove(address, storage.data_ptr() + start, length)
 
 
 def _all(pieces: list[Piece]) -> Piece:
