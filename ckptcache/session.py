@@ -481,6 +481,9 @@ class TrainingSession:
             self.cache.wait_until_finished(session=self.id)
         except _SURVIVABLE:
             self._tally.unsaved()
+        except Exception:
+            self._tally.unsaved()
+            raise
         else:
             self._tally.collected(len(self.cache.last_evicted))
 
