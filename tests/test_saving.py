@@ -170,6 +170,13 @@ def test_a_part_named_like_the_header_is_refused(cache):
         cache.save({"ckptcache": 1}, iteration=1)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_by_its_key(cache):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    with pytest.raises(NotSavable, match=r"'model\.n'.*nested"):
+        cache.save({"model": {"n": nested}}, iteration=1)
+
+
 # --- in the background ---------------------------------------------------------------------------
 
 

@@ -255,11 +255,6 @@ def _parameters_beside(module: nn.Module, trained: set[int]) -> list[nn.Paramete
     return parameters if any(id(parameter) in trained for parameter in parameters) else []
 
 
-def is_stageable(state: Mapping[str, Any]) -> bool:
-    """Whether every tensor is of a kind whose bytes can be laid out before they are read; quantised ones are not."""
-    return not any(tensor.is_quantized or tensor.is_nested for tensor in _tensors(state))
-
-
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -406,6 +401,8 @@ def _copy(target: "np.ndarray[Any, np.dtype[np.uint8]]", source: torch.Tensor) -
 
 def _bytes_of(data: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     """The memory of a tensor of bytes on the CPU. `Tensor.numpy` would leave a storage that can't be resized."""
+    if data.untyped_storage().nbytes() < data.storage_offset() + len(data):  # by now: its memory may be gone
+        raise RuntimeError("a tensor was resized while it was saved")
     memory: Any = (ctypes.c_uint8 * len(data)).from_address(data.data_ptr())
     return np.ctypeslib.as_array(memory)
 

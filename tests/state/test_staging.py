@@ -4,6 +4,7 @@ import threading
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -230,6 +231,18 @@ def test_a_copy_that_fails_ends_in_its_thread_and_lets_the_step_go():
         found.copy_into(memoryview(bytearray(plan.size)), plan.between, plan.storages)
     found.end()
     found.settle()
+
+
+def test_a_tensor_whose_memory_went_before_its_turn_came_fails_the_copy_and_not_the_process():
+    def body():
+        state = {"w": torch.ones(5000)}
+        plan = ptplan.plan(state)
+        (piece,) = staging._pieces(np.zeros(plan.size, np.uint8), plan.storages)
+        state["w"].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="resized"):
+            piece()
+
+    assert run_child(body) == 0
 
 
 def test_the_tensors_can_still_be_resized_afterwards():
