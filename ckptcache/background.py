@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,7 +47,9 @@ class InFlight:
             if self._flight is not None and self._flight.thread.is_alive():
                 return False
             may_go = threading.Event()
-            thread = threading.Thread(target=self._run, args=(write, staging, owner, may_go), name="ckptcache-save")
+            arguments = (write, staging, owner, may_go)
+            # daemon=False is said, because a daemon's threads would be daemons too.
+            thread = threading.Thread(target=self._run, args=arguments, name="ckptcache-save", daemon=False)
             thread.start()
             self._flight = _Flight(thread, staging, may_go)
         return True
@@ -57,17 +60,21 @@ class InFlight:
             self._flight.may_go.set()
 
     def settle(self) -> None:
-        """Wait until the tensors that this thread saves may be changed; the file may still be on its way."""
-        self._notice_fork()
-        flight = self._flight
-        if flight is not None and flight.staging.caller is threading.current_thread():
+        """Wait until the tensors that are being saved may be changed; the file may still be on its way."""
+        if (flight := self._of_others()) is not None:
             flight.staging.settle()
 
     def wait(self) -> None:
         """Wait for the save in flight, whoever's it is; what is called within it has nothing to wait for."""
-        self.settle()
-        if self._flight is not None and self._flight.thread is not threading.current_thread():
-            self._flight.thread.join()
+        if (flight := self._of_others()) is not None:
+            # Whoever waits stands still: the thread that saved may be one that never comes by again.
+            flight.staging.settle()
+            flight.thread.join()
+
+    def _of_others(self) -> _Flight | None:
+        self._notice_fork()
+        flight = self._flight
+        return None if flight is None or flight.thread is threading.current_thread() else flight
 
     def raise_error(self, owner: str | None) -> None:
         """Raise, once, what the last save of `owner` failed with."""
@@ -82,10 +89,22 @@ class InFlight:
         except BaseException as error:
             # Said at once as well: a process may end before anybody asks.
             log.error("a save in the background failed: %s", error)
-            self._errors[owner] = error
+            self._errors[owner] = _without_locals(error)
         finally:
             staging.end()
+            with self._turn:
+                self._flight = None  # or it would keep the tensors until the next save
+            del write, staging  # the error's frames lead back to this one
 
     def _notice_fork(self) -> None:
         if self._process != os.getpid():
             self._begin()
+
+
+def _without_locals(error: BaseException) -> BaseException:
+    """The error with its traceback, and without the state and the memory that the frames in it hold."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+    return error

@@ -96,6 +96,9 @@ class Checkpointer:
             self._cache.wait_until_finished(session=self._tally.record.id)
         except SURVIVABLE:
             self._tally.unsaved()
+        except Exception:
+            self._tally.unsaved()
+            raise
         else:
             self._tally.collected(len(self._cache.last_evicted))
 

@@ -116,9 +116,8 @@ class Saver:
             publication.file.sync()
             staging.confirm()
         except TakenAgain:
-            publication.begin_again()
             with staging.held_still():
-                return _fill(draft, publication)
+                return staging.read_unchanged(partial(_fill_again, draft, publication))
         return written
 
     def _fill_from_copy(self, draft: Draft, publication: Publication, staging: Staging) -> Written:
@@ -224,6 +223,11 @@ def _fill(draft: Draft, publication: Publication) -> Written:
     written = ptfile.write(publication.file, draft.state, embedded(draft))
     publication.file.sync()
     return written
+
+
+def _fill_again(draft: Draft, publication: Publication) -> Written:
+    publication.begin_again()
+    return _fill(draft, publication)
 
 
 def _end(staging: Staging | None) -> None:

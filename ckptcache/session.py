@@ -246,6 +246,9 @@ class TrainingSession:
             self._tally.failed(self.iteration)
             self._stop_reason = "error"
             raise
+        except BaseException as error:
+            self._stop_reason = "signal" if isinstance(error, KeyboardInterrupt) else "error"
+            raise
 
     def _fail(self, error: BaseException) -> None:
         """No checkpoint: the state in the middle of a step that failed is nothing to resume from."""

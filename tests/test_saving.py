@@ -1,14 +1,18 @@
 import errno
+import gc
 import logging
 import os
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckptcache import TrainingCache
 from ckptcache.errors import CacheDirNotWritable, NoSpace, NotSavable, SaveFailed
@@ -166,6 +170,13 @@ def test_a_part_named_like_the_header_is_refused(cache):
         cache.save({"ckptcache": 1}, iteration=1)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_by_its_key(cache):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    with pytest.raises(NotSavable, match=r"'model\.n'.*nested"):
+        cache.save({"model": {"n": nested}}, iteration=1)
+
+
 # --- in the background ---------------------------------------------------------------------------
 
 
@@ -301,6 +312,72 @@ def test_an_error_that_nobody_foresaw_is_raised_too(cache, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         cache.wait_until_finished()
     assert temporary_files(cache.cache_dir) == []
+
+
+def large(value: float = 1.0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """More than is copied at the call."""
+    model = nn.Linear(2000, 1200)
+    nn.init.constant_(model.weight, value)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2000)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_when_a_save_is_over_nothing_of_the_state_is_kept(cache, fails):
+    model, optimizer = large()
+    cache.ledger.hold(cache.ledger.writer)  # signing the lease makes a write of its own
+    with swapped(FailingSystem(0, errno.ENOSPC, "write") if fails else fs.System()):
+        cache.save({"model": model, "optimizer": optimizer}, iteration=1, blocking=False)
+        cache._saver.in_flight.wait()
+    storage = StorageWeakRef(model.weight.untyped_storage())
+    del model, optimizer
+    gc.collect()
+    assert storage.expired()
+    with pytest.raises(SaveFailed) if fails else nullcontext():
+        cache.wait_until_finished()
+
+
+def test_whoever_waits_sees_an_unannounced_change_through_where_the_thread_that_saved_is_idle(cache):
+    model, optimizer = large()
+    with ThreadPoolExecutor(1) as pool, swapped(Gate()) as gate:
+        objects = {"model": model, "optimizer": optimizer}
+        record = pool.submit(cache.save, objects, iteration=1, blocking=False).result()
+        with torch.no_grad():
+            model.weight.fill_(7.0)
+        gate.opened.set()
+        waiting = threading.Thread(target=cache.wait_until_finished, daemon=True)
+        waiting.start()
+        waiting.join(20)
+        assert not waiting.is_alive()
+    assert cache.load(record.id)["model"]["weight"].unique().tolist() == [7.0]
+
+
+FROM_A_DAEMON = """
+import sys, threading, torch
+from ckptcache import TrainingCache
+from ckptcache.state import staging
+staging.AT_ONCE = 1000
+model = torch.nn.Linear(300, 300)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+done = threading.Event()
+def train():
+    cache = TrainingCache(sys.argv[1])
+    cache.save({"model": model, "optimizer": optimizer}, iteration=1, val_loss=1.0, blocking=False)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    done.set()
+    threading.Event().wait()
+threading.Thread(target=train, daemon=True).start()
+done.wait()
+"""
+
+
+def test_the_interpreter_ends_though_a_daemon_that_saved_never_comes_by_again(tmp_path):
+    ended = python(FROM_A_DAEMON, str(tmp_path / "c"))
+    assert ended.returncode == 0
+    assert [r.iteration for r in TrainingCache(tmp_path / "c").checkpoints()] == [1]
 
 
 AT_EXIT = """

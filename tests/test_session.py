@@ -895,6 +895,35 @@ def test_a_failed_save_is_counted_and_survived(cache, operation, caplog):
     assert not list(cache.cache_dir.rglob("*.tmp"))
 
 
+def test_a_save_that_failed_for_a_reason_nobody_foresaw_is_not_counted_as_saved(cache, monkeypatch, caplog):
+    def broken(*_):
+        raise ZeroDivisionError("unforeseen")
+
+    job = Job()
+    with pytest.raises(ZeroDivisionError), TrainingSession(cache, **job.objects()) as session:
+        for step in session.steps(3):
+            job.train_step(step)
+            if step == 1:
+                monkeypatch.setattr("ckptcache.saving.ptfile.write", broken)
+            session.checkpoint(val_loss=3.0 - step)
+    kept = [r.id for r in cache.checkpoints()]
+    assert (session.record.saved, session.record.failed_saves, [session.record.best_checkpoint]) == (1, 1, kept)
+    assert f"the last checkpoint is {kept[0]}" in caplog.text
+
+
+def test_a_last_save_that_was_interrupted_is_no_finish(cache, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    job = Job()
+    with pytest.raises(KeyboardInterrupt), TrainingSession(cache, **job.objects()) as session:
+        for step in session.steps(2):
+            job.train_step(step)
+        monkeypatch.setattr("ckptcache.saving.ptfile.write", interrupted)
+    assert (session.record.saved, session.record.stop_reason) == (0, "signal")
+    assert summary_file(cache)["stop_reason"] == "signal"
+
+
 def test_an_iteration_at_which_two_saves_failed_counts_once(cache):
     with swapped(FailingSystem(0, errno.ENOSPC, "write", lasting=True)) as failing:
         failing.at = 10**9

@@ -56,9 +56,14 @@ class Arena:
             self._stop_timer()
             if self._memory is not None:
                 # Weakly, or it would keep the memory of a cache that nobody holds any more.
-                self._timer = threading.Timer(self._idle_seconds, _release, [weakref.ref(self)])
-                self._timer.daemon = True
-                self._timer.start()
+                timer = threading.Timer(self._idle_seconds, _release, [weakref.ref(self)])
+                timer.daemon = True
+                try:
+                    timer.start()
+                except RuntimeError:  # no more threads: the interpreter is ending, or the system's limit is reached
+                    self._memory = None
+                else:
+                    self._timer = timer
 
     def release(self) -> None:
         """Give the memory back to the system now; whoever still holds a view of it keeps it until then."""

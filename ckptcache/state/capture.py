@@ -110,6 +110,8 @@ def _plain_tensor(value: torch.Tensor, key: str) -> torch.Tensor:
         )
     if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer):
         raise NotSavable(key=key, kind=f"a tensor of class {type(value).__name__}", remedy="save a plain torch.Tensor")
+    if value.is_nested:
+        raise NotSavable(key=key, kind="a nested tensor", remedy="save its parts as a list: unbind()")
     if value.is_meta:
         raise NotSavable(
             key=key, kind="a tensor on the meta device, which has no values", remedy="materialise it first"

@@ -15,10 +15,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable takes a second to import what it needs
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -30,6 +31,8 @@ AT_ONCE = 16 << 20
 _PIECE = 8 << 20
 """Bytes that a thread copies at once, so that two can share the work."""
 _LOOK_SECONDS = 0.05
+_ATTEMPTS = 3
+R = TypeVar("R")
 
 
 class Placed(Protocol):
@@ -100,25 +103,34 @@ class Staging:
 
         Where they were changed already, what was copied is taken again, all of it, before this returns.
         """
-        if self._is_settled:
-            if self._must_repeat:
-                self._repeated.wait()
-            return
-        self._planned.wait()
-        with _beside(self._streams):
-            self._work.join_in()
-        self._copied.wait()
-        with self._lock:
-            self._must_repeat = not self._is_settled and self._has_changed()
-            self._is_settled = True
-        _unsettled.discard(self)
+        if not self._is_settled:
+            self._wait_for_copy()
+            self._judge()
         if self._must_repeat:
-            log.warning(
-                "parameters were changed outside of an optimizer's step while they were saved, and are read again: "
-                "call session.staged() before such a change"
-            )
             self._held.set()
             self._repeated.wait()
+
+    def _wait_for_copy(self) -> None:
+        self._planned.wait()
+        with _beside(self._streams):
+            error = self._work.help()
+        self._copied.wait()
+        if error is not None and self._work.is_done:
+            raise error  # of a signal's handler, then: the piece itself could be copied
+
+    def _judge(self) -> None:
+        with self._lock:
+            if self._is_settled:
+                return  # by another thread, or nobody reads any more
+            self._must_repeat = self._has_changed()
+            self._is_settled = True
+        if not self._must_repeat:
+            _unsettled.discard(self)
+            return
+        log.warning(
+            "parameters were changed outside of an optimizer's step while they were saved, and are read again: "
+            "call session.staged() before such a change"
+        )
 
     # --- in the thread that saves ----------------------------------------------------------------
 
@@ -132,8 +144,7 @@ class Staging:
         self._work.share(_pieces(image, placed))
         self._planned.set()
         with _beside(self._streams):
-            self._work.join_in()
-        self._work.wait()
+            self._work.finish()
         self._copied.set()
 
     def copied_elsewhere(self) -> None:
@@ -160,7 +171,8 @@ class Staging:
     def held_still(self) -> Iterator[None]:
         """After TakenAgain: wait until the thread that changes tensors stands still, or is no more; then let it go."""
         while not self._held.wait(_LOOK_SECONDS):
-            if not self.caller.is_alive():
+            # One that isn't Python's own counts as alive for ever, and a daemon may never come by again.
+            if not (self.caller.is_alive() and threading.main_thread().is_alive()):
                 break
         for stream in self._streams:
             torch.cuda.synchronize(stream.device)
@@ -168,6 +180,18 @@ class Staging:
             yield
         finally:
             self.end()
+
+    def read_unchanged(self, read: Callable[[], R]) -> R:
+        """What `read` returns, called anew where another thread has changed the tensors meanwhile.
+
+        Raises RuntimeError where that goes on.
+        """
+        for _ in range(_ATTEMPTS):
+            self._live = [(tensor, _version(tensor)) for tensor, _ in self._live]
+            result = read()
+            if not self._has_changed():
+                return result
+        raise RuntimeError("another thread changes the parameters without a pause: save from the one that trains")
 
     def end(self) -> None:
         """Nothing is read any more, whatever came of it; nobody may wait for it from here on."""
@@ -187,10 +211,16 @@ _unsettled: set[Staging] = set()
 
 def _before_step(*_: object) -> None:
     if _unsettled:
-        # One's own first: those of other threads may wait for this one.
-        own, found = threading.current_thread(), tuple(_unsettled)
-        for staging in sorted(found, key=lambda staging: staging.caller is not own):
-            staging.settle()
+        _settle_all()
+
+
+@_disable_dynamo
+def _settle_all() -> None:
+    """Not for `torch.compile`, which would trace the copying where it compiles an optimizer's step."""
+    # One's own first: those of other threads may wait for this one.
+    own, found = threading.current_thread(), tuple(_unsettled)
+    for staging in sorted(found, key=lambda staging: staging.caller is not own):
+        staging.settle()
 
 
 # Of every optimizer: which of them changes what is being copied, nobody has to say. It stays for good, since a hook
@@ -293,44 +323,60 @@ Piece = Callable[[], object]
 
 
 class _Work:
-    """Pieces of work that any thread may take; whoever waits for the rest of them helps."""
+    """Pieces of work that any thread may take; whoever waits for the rest of them helps.
+
+    To do a piece twice does no harm. What a helper leaves undone, be it because Ctrl-C interrupted it, is therefore
+    done again by the thread that answers for all of it, and only what fails there has failed.
+    """
 
     def __init__(self) -> None:
-        self._pieces: deque[Piece] = deque()
-        self._left = 0
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._error: BaseException | None = None
+        self._undone: dict[int, Piece] = {}
+        self._free: deque[int] = deque()
+        self._helpers: set[object] = set()
+        self._left = threading.Event()
+        self.is_done = False
 
     def share(self, pieces: Iterable[Piece]) -> None:
-        self._pieces.extend(pieces)
-        self._left = len(self._pieces)
-        if not self._left:
-            self._done.set()
+        self._undone = dict(enumerate(pieces))
+        self._free.extend(self._undone)
 
-    def join_in(self) -> None:
-        while self._pieces:
+    def help(self) -> Exception | None:
+        """Take part until no piece is left to take; returns what one failed with, which may be the helper's own."""
+        helper = object()
+        try:
+            self._helpers.add(helper)
+            self._take()
+        except Exception as error:
+            return error
+        finally:
+            self._helpers.discard(helper)
+            self._left.set()
+        return None
+
+    def finish(self) -> None:
+        """Do what is left, once the helpers are done with theirs; raises what a piece fails with."""
+        try:
+            self._take()
+        finally:
+            self._free.clear()
+            while self._helpers:
+                self._left.wait(_LOOK_SECONDS)
+                self._left.clear()
+        for number in list(self._undone):
+            self._do(number)
+        self.is_done = True
+
+    def _take(self) -> None:
+        while self._free:
             try:
-                piece = self._pieces.popleft()
+                number = self._free.popleft()
             except IndexError:
                 return
-            self._do(piece)
+            self._do(number)
 
-    def _do(self, piece: Piece) -> None:
-        try:
-            piece()
-        except BaseException as error:
-            self._error = error
-        with self._lock:
-            self._left -= 1
-            if self._left == 0:
-                self._done.set()
-
-    def wait(self) -> None:
-        """Wait for the pieces that others took; raises what one of them failed with."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
+    def _do(self, number: int) -> None:
+        self._undone[number]()
+        del self._undone[number]
 
 
 def _pieces(image: memoryview, placed: Iterable[Placed]) -> Iterator[Piece]:
@@ -355,7 +401,7 @@ def _pieces(image: memoryview, placed: Iterable[Placed]) -> Iterator[Piece]:
 def _copy(target: memoryview, storage: torch.UntypedStorage, start: int) -> Piece:
     if storage.device.type != "cpu":
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[start : start + len(target)]
-        return lambda: torch.frombuffer(target, dtype=torch.uint8).copy_(source, non_blocking=True)
+        return lambda: torch.frombuffer(target, dtype=torch.uint8).copy_(source, non_blocking=source.is_cuda)
     # Half the processor time of torch's own copy of bytes, and without the interpreter's lock as well.
     address = ctypes.addressof(ctypes.c_char.from_buffer(target))
     return lambda: _copy_bytes(address, storage, start, len(target))

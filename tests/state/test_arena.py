@@ -86,6 +86,19 @@ def test_where_the_address_space_is_short_there_is_none():
     assert run_child(body) == 0
 
 
+def test_where_no_thread_can_be_started_the_memory_goes_at_once(monkeypatch):
+    """As while the interpreter ends, from Python 3.12 on."""
+
+    def refuse(self):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    own = Arena()
+    own.take(MB)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    own.give_back()
+    assert own.size == 0
+
+
 def test_a_forked_child_shares_nothing_of_it():
     own = Arena()
     view = own.take(MB)

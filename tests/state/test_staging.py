@@ -2,7 +2,9 @@
 
 import threading
 import time
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -231,6 +233,18 @@ def test_a_copy_that_fails_ends_in_its_thread_and_lets_the_step_go():
     found.settle()
 
 
+def test_a_tensor_whose_memory_went_before_its_turn_came_fails_the_copy_and_not_the_process():
+    def body():
+        state = {"w": torch.ones(5000)}
+        plan = ptplan.plan(state)
+        (piece,) = staging._pieces(np.zeros(plan.size, np.uint8), plan.storages)
+        state["w"].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="resized"):
+            piece()
+
+    assert run_child(body) == 0
+
+
 def test_the_tensors_can_still_be_resized_afterwards():
     objects = {"w": torch.ones(5000)}
     found = staged(objects)
@@ -306,3 +320,104 @@ def test_the_state_is_read_again_at_once_where_the_thread_that_changes_it_is_no_
     with found.held_still():
         pass
     assert found.is_settled
+
+
+def test_two_that_wait_at_once_both_wait_until_a_changed_state_was_read_again():
+    model, optimizer = trained()
+    found = staged({"model": model, "optimizer": optimizer})
+    waiting = [in_thread(found.settle) for _ in range(2)]
+    time.sleep(0.05)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    copied(found)
+    time.sleep(0.1)
+    assert [thread.is_alive() for thread in waiting] == [True, True]
+    with pytest.raises(TakenAgain):
+        found.confirm()
+    found.end()
+    for thread in waiting:
+        thread.join()
+
+
+def test_other_threads_steps_wait_too_while_a_changed_state_is_read_again():
+    model, optimizer = trained()
+    found = staged({"model": model, "optimizer": optimizer})
+    copied(found)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    first = in_thread(found.settle)
+    while not found.is_settled:
+        time.sleep(0.01)
+    stepping = in_thread(torch.optim.SGD(nn.Linear(1, 1).parameters()).step)
+    time.sleep(0.05)
+    assert stepping.is_alive()
+    found.end()
+    first.join()
+    stepping.join()
+
+
+def test_a_state_that_another_thread_changes_while_it_is_read_again_is_read_once_more():
+    model, optimizer = trained()
+    found, reads = staged({"model": model, "optimizer": optimizer}), []
+
+    def read(changes):
+        reads.append(model[0].weight.detach().clone())
+        if len(reads) <= changes:
+            with torch.no_grad():
+                model[0].weight.mul_(2)
+        return len(reads)
+
+    assert found.read_unchanged(lambda: read(1)) == 2
+    with pytest.raises(RuntimeError, match="the one that trains"):
+        found.read_unchanged(lambda: read(10))
+    found.end()
+
+
+# --- interrupted ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, TimeoutError])
+def test_who_is_interrupted_while_it_helps_hears_of_it_and_the_copy_is_whole(monkeypatch, interruption):
+    """As by a signal's handler, which may raise in the middle of a piece, and as a rule does."""
+    model, optimizer = trained()
+    objects = {"model": model, "optimizer": optimizer}
+    monkeypatch.setattr(staging, "_PIECE", 4096)
+    expected, found, images, bytes_of = live_bytes(objects), staged(objects), [], staging._bytes_of
+    saving, raised = threading.Event(), threading.Event()
+
+    def interrupted(data):
+        if threading.current_thread() is not threading.main_thread():
+            saving.wait(20)
+        elif not raised.is_set():
+            raised.set()
+            saving.set()
+            raise interruption
+        return bytes_of(data)
+
+    monkeypatch.setattr(staging, "_bytes_of", interrupted)
+    copying = in_thread(lambda: images.append(copied(found)))
+    with pytest.raises(interruption):
+        optimizer.step()
+    copying.join(20)
+    assert images == [expected]
+    found.confirm()
+
+
+# --- compiled ------------------------------------------------------------------------------------
+
+
+def test_a_compiled_step_of_an_optimizer_waits_and_none_of_the_copying_is_compiled(monkeypatch):
+    monkeypatch.setattr(staging, "_PIECE", 4096)
+    do = staging._Work._do
+    monkeypatch.setattr(staging._Work, "_do", lambda *a: (time.sleep(0.005), do(*a)))
+    model, optimizer = trained()
+    objects, step_compiled = {"model": model, "optimizer": optimizer}, torch.compile(optimizer.step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        for _ in range(2):
+            expected, found, images = live_bytes(objects), staged(objects), []
+            copying = in_thread(lambda found=found, images=images: images.append(copied(found)))
+            step_compiled()
+            copying.join()
+            found.confirm()
+            assert images == [expected] != [live_bytes(objects)]
