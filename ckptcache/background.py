@@ -50,8 +50,9 @@ class InFlight:
             arguments = (write, staging, owner, may_go)
             # daemon=False is said, because a daemon's threads would be daemons too.
             thread = threading.Thread(target=self._run, args=arguments, name="ckptcache-save", daemon=False)
-            thread.start()
+            # Known before it is started: an interrupt at the wrong instant must not leave it waiting for ever.
             self._flight = _Flight(thread, staging, may_go)
+            thread.start()
         return True
 
     def go(self) -> None:
@@ -69,7 +70,8 @@ class InFlight:
         if (flight := self._of_others()) is not None:
             # Whoever waits stands still: the thread that saved may be one that never comes by again.
             flight.staging.settle()
-            flight.thread.join()
+            if flight.thread.is_alive():
+                flight.thread.join()
 
     def _of_others(self) -> _Flight | None:
         self._notice_fork()

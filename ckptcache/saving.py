@@ -54,7 +54,7 @@ class Saver:
         try:
             staging = Staging(draft.state, objects)
             self._start(dataclasses.replace(draft, state=staging.state), publication, staging)
-        except RuntimeError:  # no more threads: the interpreter is ending, or the system's limit is reached
+        except RuntimeError:  # there is no thread to be had, or no memory even for what is copied at once
             _end(staging)
             return self._write(draft, publication, partial(_fill, draft, publication))
         except BaseException:
@@ -122,6 +122,7 @@ class Saver:
 
     def _fill_from_copy(self, draft: Draft, publication: Publication, staging: Staging) -> Written:
         """Write what was copied; where there is no memory for a copy, or no plan, what is live, before it changes."""
+        staging.wait_for_device()
         planned = None if staging.is_settled else _planned(draft)
         image = None if planned is None else self._arena.take(planned.size, pinned=staging.is_on_cuda)
         if planned is None or image is None:
@@ -130,7 +131,7 @@ class Saver:
             return written
         try:
             staging.copy_into(image, planned.between, planned.storages)
-            return ptfile.write_image(publication.file, image, between_blocks=staging.check)
+            return ptfile.write_image(publication.file, image, between_blocks=staging.raise_if_changed)
         finally:
             self._arena.give_back()
 

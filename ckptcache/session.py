@@ -234,9 +234,14 @@ class TrainingSession:
         self._counter.abandon()
         if self._stop_reason is None:
             self._stop_reason = "finished" if self._signals.stop is None else "signal"
-        self._saves.collect()
-        if self.iteration > self.start_iteration and self._tally.saved_at != self.iteration:
-            self._save_last()
+        try:
+            self._saves.collect()
+        except BaseException:
+            self._stop_reason = "error"
+            raise
+        finally:  # whatever became of the save before
+            if self.iteration > self.start_iteration and self._tally.saved_at != self.iteration:
+                self._save_last()
 
     def _save_last(self) -> None:
         """A last save that fails makes the run end non-zero."""

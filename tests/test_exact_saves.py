@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptcache import TrainingCache, TrainingSession
-from ckptcache.state import staging
+from ckptcache.state import pieces, staging
 from ckptcache.storage import fs
 from tests.caches import frozen, same
 from tests.faults import swapped
@@ -128,7 +128,7 @@ class SlowDisk(fs.System):
 @contextmanager
 def slow_copies(monkeypatch):
     """Every tensor takes its time to be copied, so that training overtakes whatever it can."""
-    copy = staging._copy
+    copy = pieces._copy
 
     def slowly(*what):
         piece = copy(*what)
@@ -136,8 +136,8 @@ def slow_copies(monkeypatch):
 
     with monkeypatch.context() as patch, swapped(SlowDisk()):
         patch.setattr(staging, "AT_ONCE", 800)
-        patch.setattr(staging, "_PIECE", 1024)
-        patch.setattr(staging, "_copy", slowly)
+        patch.setattr(pieces, "PIECE", 1024)
+        patch.setattr(pieces, "_copy", slowly)
         yield
 
 
@@ -220,7 +220,7 @@ def trained(folder, checkpoint_interval):
 def test_a_training_that_saves_every_20_steps_ends_with_the_same_bits_as_one_that_does_not(tmp_path, monkeypatch):
     # More than this is waited for at the call: it has to hold the buffers, and nothing of what is trained.
     monkeypatch.setattr(staging, "AT_ONCE", 50_000)
-    monkeypatch.setattr(staging, "_PIECE", 50_000)
+    monkeypatch.setattr(pieces, "PIECE", 50_000)
     often, often_state = trained(tmp_path / "often", 20)
     never, never_state = trained(tmp_path / "never", None)
     assert (often.record.saved, never.record.saved) == (5, 1)

@@ -341,6 +341,7 @@ def test_when_a_save_is_over_nothing_of_the_state_is_kept(cache, fails):
 
 def test_whoever_waits_sees_an_unannounced_change_through_where_the_thread_that_saved_is_idle(cache):
     model, optimizer = large()
+    cache.ledger.hold(cache.ledger.writer)  # whose lease is written by the thread that saves
     with ThreadPoolExecutor(1) as pool, swapped(Gate()) as gate:
         objects = {"model": model, "optimizer": optimizer}
         record = pool.submit(cache.save, objects, iteration=1, blocking=False).result()

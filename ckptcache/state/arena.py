@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
 import threading
 import weakref
@@ -28,6 +29,10 @@ class Arena:
 
     def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
         self._idle_seconds = idle_seconds
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._memory: mmap.mmap | None = None
         self._is_pinned = False
         self._lock = threading.Lock()
@@ -39,6 +44,8 @@ class Arena:
         Args:
             pinned: lock the pages for the copies of a CUDA device, where its driver lets us.
         """
+        if self._process != os.getpid():
+            self._begin()  # a child has its own; the lock may have been held when it was forked
         with self._lock:
             self._stop_timer()
             if self._memory is None or len(self._memory) < size:

@@ -5,17 +5,17 @@ optimizer steps: they are copied by another thread, and a hook before every opti
 it. Whoever changes them elsewhere waits by `Staging.settle` first. Whoever forgets to is found out by the version
 that torch counts in every tensor; then the state is read again, while the loop stands still.
 
-A write through `.data`, or through memory that torch doesn't know of, counts no version and escapes that.
+A write through `.data`, or through memory that torch doesn't know of, counts no version and escapes that, and so does
+the replay of a CUDA graph that holds the optimizer's step, which calls no hook either.
 """
 
 import ctypes
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,26 +24,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptcache.state.capture import tensors_in, walk
+from ckptcache.state.pieces import Placed, Work, beside, pieces, side_streams
 
 log = logging.getLogger("ckptcache")
 AT_ONCE = 16 << 20
 """Bytes that are copied at the call without a second thought: a few milliseconds."""
-_PIECE = 8 << 20
-"""Bytes that a thread copies at once, so that two can share the work."""
 _LOOK_SECONDS = 0.05
 _ATTEMPTS = 3
 R = TypeVar("R")
-
-
-class Placed(Protocol):
-    """A storage, and where its bytes stand in the image of the file."""
-
-    @property
-    def offset(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def storage(self) -> torch.UntypedStorage: ...
 
 
 class TakenAgain(Exception):
@@ -56,6 +44,9 @@ class Staging:
     The thread that saves makes it; another thread lays it out, copies it, and confirms that what it copied is good;
     before anything changes the live tensors, `settle` is called in the thread that would.
 
+    It goes from planned (the pieces are known) to copied to settled: what was copied is good, or has changed. If it
+    has, whoever settles is held until the live tensors were read again. `end` lets everybody go, at whatever point.
+
     Args:
         state: a tree as `capture` gives it, sharing memory with the live objects.
         objects: the live objects; their optimizers tell which tensors may be copied later.
@@ -64,20 +55,17 @@ class Staging:
     def __init__(self, state: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
         tensors = [tensor for tensor in tensors_in(state) if _is_dense(tensor)]
         storages = storages_of(tensors)
-        later = changed_by_steps_only(objects)
-        now = {key: storage for key, storage in storages.items() if key not in later}
-        if _total(storages.values()) <= AT_ONCE:
-            now = storages
-        self.must_settle_at_once = _total(now.values()) > AT_ONCE
+        at_once = _to_copy_at_once(storages, objects)
+        self.must_settle_at_once = _total(at_once.values()) > AT_ONCE
         """Whether too much of it is anybody's to change: then the copy has to be complete when the call returns."""
-        copies = {} if self.must_settle_at_once else {key: _clone(storage) for key, storage in now.items()}
+        copies = {} if self.must_settle_at_once else {key: _clone(storage) for key, storage in at_once.items()}
         self.state = _moved(state, copies)
         """The same tree; what was copied at once shares nothing with the live objects any more."""
         self._live = [(tensor, _version(tensor)) for tensor in tensors if _key(tensor) not in copies]
-        self._streams = _side_streams(storage for key, storage in storages.items() if key not in copies)
+        self._streams = side_streams(storages.values())
         self.caller = threading.current_thread()
         """The thread that saves, and is taken to be the one that changes the tensors."""
-        self._work = _Work()
+        self._work = Work()
         self._lock = threading.Lock()
         self._is_settled = not self._live
         self._must_repeat = False
@@ -112,7 +100,7 @@ class Staging:
 
     def _wait_for_copy(self) -> None:
         self._planned.wait()
-        with _beside(self._streams):
+        with beside(self._streams):
             error = self._work.help()
         self._copied.wait()
         if error is not None and self._work.is_done:
@@ -141,18 +129,23 @@ class Staging:
         """
         for offset, content in between:
             image[offset : offset + len(content)] = content
-        self._work.share(_pieces(image, placed))
+        self._work.share(pieces(image, placed))
         self._planned.set()
-        with _beside(self._streams):
+        with beside(self._streams):
             self._work.finish()
         self._copied.set()
 
+    def wait_for_device(self) -> None:
+        """Wait until the training's devices have done what came before the call; what comes after changes nothing."""
+        for stream in self._streams:
+            stream.synchronize()
+
     def copied_elsewhere(self) -> None:
-        """All has been read from where it is, as where there is no memory to copy it to."""
+        """All has been read from where it is, as where there is no memory to copy it to; `end` says so of a failure."""
         self._planned.set()
         self._copied.set()
 
-    def check(self) -> None:
+    def raise_if_changed(self) -> None:
         """Raises TakenAgain as soon as it is known that what was copied is of no use."""
         if self._must_repeat:
             raise TakenAgain
@@ -162,7 +155,7 @@ class Staging:
         with self._lock:
             is_good = self._is_settled or not self._has_changed()
             self._is_settled = self._is_settled or is_good
-        self.check()
+        self.raise_if_changed()
         if not is_good:
             raise TakenAgain
         _unsettled.discard(self)
@@ -253,6 +246,15 @@ def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
     return {_key(t) for t in (*trained, *kept, *beside) if _is_dense(t) and not t.is_inference()} - buffers
 
 
+def _to_copy_at_once(
+    storages: Mapping[int, torch.UntypedStorage], objects: Mapping[str, Any]
+) -> Mapping[int, torch.UntypedStorage]:
+    if _total(storages.values()) <= AT_ONCE:
+        return storages
+    may_wait = changed_by_steps_only(objects)
+    return {key: storage for key, storage in storages.items() if key not in may_wait}
+
+
 def _parameters_beside(module: nn.Module, trained: set[int]) -> list[nn.Parameter]:
     parameters = list(module.parameters())
     return parameters if any(id(parameter) in trained for parameter in parameters) else []
@@ -315,126 +317,3 @@ def _on_copy(tensor: torch.Tensor, copies: Mapping[int, torch.UntypedStorage]) -
     made.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
     made = made.conj() if tensor.is_conj() else made
     return torch._neg_view(made) if tensor.is_neg() else made
-
-
-# --- copying in pieces ---------------------------------------------------------------------------
-
-Piece = Callable[[], object]
-
-
-class _Work:
-    """Pieces of work that any thread may take; whoever waits for the rest of them helps.
-
-    To do a piece twice does no harm. What a helper leaves undone, be it because Ctrl-C interrupted it, is therefore
-    done again by the thread that answers for all of it, and only what fails there has failed.
-    """
-
-    def __init__(self) -> None:
-        self._undone: dict[int, Piece] = {}
-        self._free: deque[int] = deque()
-        self._helpers: set[object] = set()
-        self._left = threading.Event()
-        self.is_done = False
-
-    def share(self, pieces: Iterable[Piece]) -> None:
-        self._undone = dict(enumerate(pieces))
-        self._free.extend(self._undone)
-
-    def help(self) -> Exception | None:
-        """Take part until no piece is left to take; returns what one failed with, which may be the helper's own."""
-        helper = object()
-        try:
-            self._helpers.add(helper)
-            self._take()
-        except Exception as error:
-            return error
-        finally:
-            self._helpers.discard(helper)
-            self._left.set()
-        return None
-
-    def finish(self) -> None:
-        """Do what is left, once the helpers are done with theirs; raises what a piece fails with."""
-        try:
-            self._take()
-        finally:
-            self._free.clear()
-            while self._helpers:
-                self._left.wait(_LOOK_SECONDS)
-                self._left.clear()
-        for number in list(self._undone):
-            self._do(number)
-        self.is_done = True
-
-    def _take(self) -> None:
-        while self._free:
-            try:
-                number = self._free.popleft()
-            except IndexError:
-                return
-            self._do(number)
-
-    def _do(self, number: int) -> None:
-        self._undone[number]()
-        del self._undone[number]
-
-
-def _pieces(image: memoryview, placed: Iterable[Placed]) -> Iterator[Piece]:
-    """Copies of about equal size: large storages in parts, small ones together."""
-    gathered: list[Piece] = []
-    size = 0
-    for each in placed:
-        if each.storage.nbytes() != each.length:
-            raise RuntimeError(f"a tensor was resized while it was saved, from {each.length} bytes")
-        for start in range(0, each.length, _PIECE):
-            length = min(_PIECE, each.length - start)
-            at = each.offset + start
-            gathered.append(_copy(image[at : at + length], each.storage, start))
-            size += length
-            if size >= _PIECE:
-                yield _all(gathered)
-                gathered, size = [], 0
-    if gathered:
-        yield _all(gathered)
-
-
-def _copy(target: memoryview, storage: torch.UntypedStorage, start: int) -> Piece:
-    if storage.device.type != "cpu":
-        source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[start : start + len(target)]
-        return lambda: torch.frombuffer(target, dtype=torch.uint8).copy_(source, non_blocking=source.is_cuda)
-    # Half the processor time of torch's own copy of bytes, and without the interpreter's lock as well.
-    address = ctypes.addressof(ctypes.c_char.from_buffer(target))
-    return lambda: _copy_bytes(address, storage, start, len(target))
-
-
-def _copy_bytes(address: int, storage: torch.UntypedStorage, start: int, length: int) -> None:
-    if storage.nbytes() < start + length:
-        raise RuntimeError("a tensor was resized while it was saved")
-    ctypes.memmove(address, storage.data_ptr() + start, length)
-
-
-def _all(pieces: list[Piece]) -> Piece:
-    return lambda: [piece() for piece in pieces]
-
-
-# --- accelerators --------------------------------------------------------------------------------
-
-
-def _side_streams(storages: Iterable[torch.UntypedStorage]) -> list["torch.cuda.Stream"]:
-    """For each CUDA device a stream beside the training's, that begins where the training's is at this moment."""
-    devices = {storage.device for storage in storages if storage.device.type == "cuda"}
-    streams = [torch.cuda.Stream(device) for device in devices]  # type: ignore[no-untyped-call]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-    return streams
-
-
-@contextmanager
-def _beside(streams: list["torch.cuda.Stream"]) -> Iterator[None]:
-    """Do what is done inside on the side streams, and wait for it at the end."""
-    with ExitStack() as stack:
-        for stream in streams:
-            stack.enter_context(torch.cuda.stream(stream))
-        yield
-    for stream in streams:
-        stream.synchronize()

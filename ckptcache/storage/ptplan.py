@@ -261,10 +261,10 @@ def _pieces(plan: Plan) -> Iterator[memoryview]:
 
 
 def _bytes_in(placed: Placed) -> Iterator[memoryview]:
-    if placed.storage.nbytes() != placed.length:
-        raise RuntimeError(f"a tensor was resized while it was saved, from {placed.length} bytes")
     data = torch.empty(0, dtype=torch.uint8, device=placed.storage.device).set_(placed.storage)
     for start in range(0, placed.length, _BLOCK):
+        if placed.storage.nbytes() != placed.length:  # its memory may be gone
+            raise RuntimeError(f"a tensor was resized while it was saved, from {placed.length} bytes")
         yield bytes_of(data[start : start + _BLOCK].cpu())
 
 
