@@ -904,6 +904,7 @@ def test_a_save_that_failed_for_a_reason_nobody_foresaw_is_not_counted_as_saved(
         for step in session.steps(3):
             job.train_step(step)
             if step == 1:
+                cache.wait_until_finished()
                 monkeypatch.setattr("ckptcache.saving.ptfile.write", broken)
             session.checkpoint(val_loss=3.0 - step)
     kept = [r.id for r in cache.checkpoints()]
