@@ -129,8 +129,10 @@ class TrainingCache:
             extra: the user's own metadata, anything that JSON can hold.
             if_improved: save only if the quality is better than the best of its group by
                 `min_improvement_threshold`, or the first.
-            blocking: False copies the state, returns, and writes in the background; one save is in
-                flight at a time, and an error is raised by the next call.
+            blocking: False returns at once and writes in the background, one save at a time: an error is raised by
+                the next call. What a forward pass may change is copied before it returns, what an optimizer in
+                `state` steps before the next step of any optimizer begins. Call it from the thread that trains,
+                between steps, and `staged` before parameters are changed in another way.
 
         Returns:
             The record; None if `if_improved` and it was not.
@@ -170,6 +172,10 @@ class TrainingCache:
         """
         if self._saver is not None:
             self._saver.wait(session)
+
+    def evicted_for(self, id: str) -> Mapping[str, str]:
+        """What a session's save of a checkpoint evicted, as id to reason; told once."""
+        return {} if self._saver is None else self._saver.evicted.pop(id, {})
 
     def staged(self) -> None:
         """Wait until parameters and optimizer state may be changed outside of an optimizer's step.

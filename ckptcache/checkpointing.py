@@ -87,7 +87,7 @@ class Checkpointer:
         if record is not None:
             self._tally.saved(record)
             if blocking:
-                self._tally.collected(len(self._cache.last_evicted))
+                self._count_evicted()
         return record
 
     def collect(self) -> None:
@@ -100,7 +100,11 @@ class Checkpointer:
             self._tally.unsaved()
             raise
         else:
-            self._tally.collected(len(self._cache.last_evicted))
+            self._count_evicted()
+
+    def _count_evicted(self) -> None:
+        if self._tally.last_saved is not None:
+            self._tally.collected(len(self._cache.evicted_for(self._tally.last_saved.id)))
 
     def _parents(self) -> tuple[str, ...]:
         parent = self._tally.last_saved or self._parent

@@ -34,6 +34,8 @@ class Saver:
         self._on_evicted = on_evicted
         self._arena = Arena()
         self.in_flight = InFlight()
+        self.evicted: dict[str, Mapping[str, str]] = {}
+        """What the saves of sessions evicted, by the checkpoint that was saved, until it is asked for."""
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -205,6 +207,8 @@ class Saver:
         if plan.over_limit:
             log.warning("%s", plan.over_limit)
         self._on_evicted(plan.evicted)
+        if record.session is not None:
+            self.evicted[record.id] = plan.evicted
         try:
             self._ledger.remove_files(plan.evicted)
         except (OSError, CkptCacheError) as error:

@@ -993,6 +993,20 @@ def test_a_save_of_somebody_else_that_failed_does_not_cost_the_last_one(cache):
         cache.wait_until_finished()
 
 
+def test_a_session_counts_what_its_own_saves_evicted(tmp_path):
+    cache, job = cache_at(tmp_path, max_checkpoints=2, auto_cleanup=False), Job()
+    for iteration in range(5):
+        cache.save({"x": torch.zeros(2)}, iteration=iteration, val_loss=1.0)
+    pruned = 0
+    with TrainingSession(cache, **job.objects()) as session:
+        for step in session.steps(2):
+            job.train_step(step)
+            session.checkpoint(val_loss=1.0)
+            pruned += len(cache.prune().evicted)
+    assert pruned > 0
+    assert (session.record.saved, session.record.evicted) == (2, 0)
+
+
 def test_a_folder_that_cannot_be_written_is_said_at_entry(tmp_path):
     with (
         swapped(FailingSystem(0, errno.EACCES, "mkdir")),
