@@ -28,7 +28,9 @@ from ckptcache.state.pieces import Placed, Work, beside, pieces, side_streams
 
 log = logging.getLogger("ckptcache")
 AT_ONCE = 16 << 20
-"""Bytes that are copied at the call without a second thought: a few milliseconds."""
+"""Bytes that are copied at the call where a forward pass may change them: milliseconds."""
+_SMALL = 1 / 8
+"""Of that, what a whole state may take to be copied at the call: for less, planning the file would take longer."""
 _LOOK_SECONDS = 0.05
 _ATTEMPTS = 3
 R = TypeVar("R")
@@ -249,7 +251,7 @@ def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
 def _to_copy_at_once(
     storages: Mapping[int, torch.UntypedStorage], objects: Mapping[str, Any]
 ) -> Mapping[int, torch.UntypedStorage]:
-    if _total(storages.values()) <= AT_ONCE:
+    if _total(storages.values()) <= _SMALL * AT_ONCE:
         return storages
     may_wait = changed_by_steps_only(objects)
     return {key: storage for key, storage in storages.items() if key not in may_wait}
