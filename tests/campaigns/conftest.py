@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.campaigns.disks import Ext4, Requires, inserted, need_mounts
+
 
 @pytest.fixture
 def quick_path(tmp_path: Path) -> Iterator[Path]:
@@ -19,3 +21,12 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ckptcache-", dir="/dev/shm"))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, requires: Requires) -> Iterator[Ext4]:
+    """A file system of its own, really mounted."""
+    need_mounts(requires, "mkfs.ext4")
+    disk = inserted(Ext4(tmp_path), requires)
+    yield disk
+    disk.close()

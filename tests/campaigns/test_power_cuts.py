@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -21,7 +20,7 @@ from ckptcache import TrainingCache
 from ckptcache.errors import CkptCacheError
 from tests.caches import ids, save, temporary_files, tiny
 from tests.campaigns import variants
-from tests.campaigns.disks import Ext4, Requires, inserted, need_mounts
+from tests.campaigns.disks import Ext4
 from tests.faults import end_of, start_child, wait_for, wait_until
 
 CAMPAIGN = "power cuts"
@@ -29,14 +28,6 @@ LIMIT = 4
 SIZES = (4, 3000, 60_000)
 MOST_SAVES = 5
 """That are acknowledged before a cut; then, at any moment of the next one."""
-
-
-@pytest.fixture
-def disk(tmp_path: Path, requires: Requires) -> Iterator[Ext4]:
-    need_mounts(requires, "mkfs.ext4")
-    disk = inserted(Ext4(tmp_path), requires)
-    yield disk
-    disk.close()
 
 
 def opened(folder: Path) -> TrainingCache:

@@ -1,7 +1,7 @@
 """Loading where nothing can be written, on a read-only mount and as a user without rights: all that looks works."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,18 +11,10 @@ from ckptcache import TrainingCache
 from ckptcache.errors import CkptCacheError
 from tests.caches import NOBODY, as_nobody, file_of, flip, ids, let_in, save, tiny
 from tests.campaigns import variants
-from tests.campaigns.disks import Ext4, Requires, inserted, need_mounts
+from tests.campaigns.disks import Ext4
 from tests.faults import run_child
 
 CAMPAIGN = "read-only"
-
-
-@pytest.fixture
-def disk(tmp_path: Path, requires: Requires) -> Iterator[Ext4]:
-    need_mounts(requires, "mkfs.ext4")
-    disk = inserted(Ext4(tmp_path), requires)
-    yield disk
-    disk.close()
 
 
 def filled(folder: Path, *, readable: bool = True) -> TrainingCache:
