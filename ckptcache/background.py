@@ -55,6 +55,12 @@ class InFlight:
             thread.start()
         return True
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is one."""
+        self._notice_fork()
+        return self._flight is not None
+
     def go(self) -> None:
         """Let what was started begin: it would take the interpreter's lock from a caller who isn't done yet."""
         if self._flight is not None:

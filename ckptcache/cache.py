@@ -173,6 +173,11 @@ class TrainingCache:
         if self._saver is not None:
             self._saver.wait(session)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._saver is not None and self._saver.in_flight.is_under_way
+
     def evicted_for(self, id: str) -> Mapping[str, str]:
         """What a session's save of a checkpoint evicted, as id to reason; told once."""
         return {} if self._saver is None else self._saver.evicted.pop(id, {})

@@ -51,7 +51,7 @@ class Checkpointer:
         `session` gives the session's record as it stands, which a save that is waited for may still change.
         """
         iteration = session().end_iteration
-        if self._tally.saved_at == iteration and reason not in ("manual", "growth"):
+        if reason not in ("manual", "growth") and self._has_saved_at(iteration):
             return self._tally.last_saved
         try:
             return self.save(reason, state, session, blocking=False, **options)
@@ -89,6 +89,11 @@ class Checkpointer:
             if blocking:
                 self._count_evicted()
         return record
+
+    def _has_saved_at(self, iteration: int) -> bool:
+        if self._tally.saved_at == iteration and not self._cache.is_saving:
+            self.collect()  # it may have failed
+        return self._tally.saved_at == iteration
 
     def collect(self) -> None:
         """See what came of the save in the background; one that failed was said already, and is survived."""

@@ -86,13 +86,16 @@ class Tally:
 
     def unsaved(self) -> None:
         """The last save came to nothing after all."""
-        if self._before is not None:
-            failed_at = self.saved_at
-            self.last_saved, self.saved_at, self._best_saved, best = self._before
-            self._before = None
-            self._change(saved=self.record.saved - 1, best_checkpoint=best)
-            if failed_at is not None:
-                self.failed(failed_at)
+        if self._before is None or self.last_saved is None:
+            return
+        failed = self.last_saved
+        self.last_saved, self.saved_at, best_saved, best = self._before
+        self._before = None
+        self._change(saved=self.record.saved - 1)
+        if self.record.best_checkpoint == failed.id:
+            self._best_saved = best_saved
+            self._change(best_checkpoint=best)
+        self.failed(failed.iteration)
 
     def _note_best(self, id: str, loss: float) -> None:
         if math.isfinite(loss) and loss <= self._best_saved:

@@ -993,6 +993,19 @@ def test_a_save_of_somebody_else_that_failed_does_not_cost_the_last_one(cache):
         cache.wait_until_finished()
 
 
+def test_a_second_reason_to_save_tries_again_what_has_failed_meanwhile(cache):
+    def in_step(session, done):
+        if done == 2:
+            with swapped(FailingSystem(0, errno.ENOSPC, "replace")):
+                session.checkpoint(save_reason="interval")
+                cache.wait_until_finished()
+            session.checkpoint(save_reason="interval")
+
+    session = Job().run(cache, 4, in_step=in_step)
+    assert (session.record.saved, session.record.failed_saves) == (2, 1)
+    assert reasons(cache) == [(2, "interval"), (4, "final")]
+
+
 def test_a_session_counts_what_its_own_saves_evicted(tmp_path):
     cache, job = cache_at(tmp_path, max_checkpoints=2, auto_cleanup=False), Job()
     for iteration in range(5):
