@@ -200,7 +200,7 @@ class NanEcho(nn.Module):
         New connections start at weight 0, so the network computes the same after growth as before;
         their gradient depends on what is active on both sides of them, and is not 0. Which ones
         become active depends on the layer's name and `connection_seed` alone, not on the global
-        random state. To be called between optimizer steps and while no save is being prepared, since it
+        random state. To be called between optimizer steps and after `TrainingSession.staged`, since it
         writes to parameters.
 
         Returns:

@@ -34,8 +34,10 @@ class Schedule(Callback):
     def before_step(self, trainer: CachedTrainer, iteration: int) -> None:
         """Grow if it is due, and save that; then set the learning rate of the coming step."""
         target = self._growth.due(iteration, self._model.connection_ratio)
-        if target is not None and self._model.grow_connections(target):
-            trainer.session.checkpoint(save_reason="growth")
+        if target is not None:
+            trainer.session.staged()  # growing writes to weights that a save may still be copying
+            if self._model.grow_connections(target):
+                trainer.session.checkpoint(save_reason="growth")
         for group in trainer.optimizer.param_groups:
             group["lr"] = learning_rate_at(iteration, self._settings)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ckptcache.nanecho.data import Corpus
 from ckptcache.nanecho.schedule import learning_rate_at
 from ckptcache.nanecho.settings import NanEchoConfig, TrainingSettings
 from ckptcache.nanecho.trainer import CachedNanEchoTrainer, pick_device
+from ckptcache.state import pieces, staging
 from ckptcache.trainer import Callback
 from tests.faults import run_child
 from tests.jobs import cache_at, differences
@@ -87,6 +89,16 @@ def test_masks_and_ratio_come_back_exactly(tmp_path):
     assert not list(differences(masks_of(second.model), masks_of(first.model)))
     assert 0 < second.model.active_connections() < sum(mask.numel() for mask in masks_of(second.model).values())
     second.close()
+
+
+def test_growth_waits_for_a_save_that_still_copies_what_it_changes(tmp_path, monkeypatch, caplog):
+    copy = pieces._copy_bytes
+    monkeypatch.setattr(staging, "AT_ONCE", 20_000)  # the masks and the sampler's state, and not the weights
+    monkeypatch.setattr(pieces, "_copy_bytes", lambda *what: (time.sleep(0.002), copy(*what)))
+    cache = cache_at(tmp_path, max_checkpoints=50)
+    made(cache, checkpoint_interval=4, max_iters=14).train()
+    assert [r.save_reason for r in in_order(cache)].count("growth") == 3
+    assert "session.staged()" not in caplog.text
 
 
 class KillAt(Callback):
