@@ -136,7 +136,8 @@ def read(file: BinaryIO, places: Iterable[Place], size: int) -> tuple[Image, Wri
 
     Takes memory for the file and no more; the digest is taken in a thread while the next block is read.
     """
-    image, hasher = Image(places, size), blake3(max_threads=blake3.AUTO)  # nothing trains yet: all cores may help
+    # One thread: those of blake3's own are gone in a forked child, which would wait for them for ever.
+    image, hasher = Image(places, size), blake3()
     file.seek(0)
     with behind(hasher.update) if size > _BLOCK else nullcontext(hasher.update) as digest:
         for block in image.blocks():

@@ -1,6 +1,7 @@
 import io
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from ckptcache.errors import CheckpointDamaged, CkptCacheError
 from ckptcache.storage import audit, integrity, ptfile, ptimage
+from tests.faults import end_of, start_child, wait_until
 from tests.storage.test_ptfile import DTYPES, RECORD, bits, identical, save
 
 KB = 1 << 10
@@ -34,6 +36,18 @@ def large_state():
         "optimizer": {"moment": halves, "parameter": torch.nn.Parameter(halves.clone(), requires_grad=False)},
         "empty": torch.empty(0, 7),
     }
+
+
+def test_a_forked_child_reads_though_its_parent_has_read_before(tmp_path):
+    path = tmp_path / "a.pt"
+    save(path, {"w": torch.zeros(1 << 20)})
+    ptfile.read(path)
+    child = start_child(lambda: ptfile.read(path))
+    try:
+        wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, 20)
+    except TimeoutError:
+        os.kill(child, signal.SIGKILL)
+    assert end_of(child) == 0
 
 
 # --- what is decoded -----------------------------------------------------------------------------
