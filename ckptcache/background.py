@@ -52,7 +52,11 @@ class InFlight:
             thread = threading.Thread(target=self._run, args=arguments, name="ckptcache-save", daemon=False)
             # Known before it is started: an interrupt at the wrong instant must not leave it waiting for ever.
             self._flight = _Flight(thread, staging, may_go)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                self._flight = None
+                raise
         return True
 
     @property

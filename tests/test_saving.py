@@ -339,6 +339,18 @@ def test_when_a_save_is_over_nothing_of_the_state_is_kept(cache, fails):
         cache.wait_until_finished()
 
 
+def test_without_a_thread_to_be_had_it_is_saved_at_once_and_nothing_stays_in_flight(cache, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        record = cache.save(tiny(), iteration=1, val_loss=1.0, blocking=False)
+        assert not cache.is_saving
+    assert ids(cache.checkpoints()) == [record.id]
+    assert record.size == file_of(cache, record).stat().st_size
+
+
 def test_whoever_waits_sees_an_unannounced_change_through_where_the_thread_that_saved_is_idle(cache):
     model, optimizer = large()
     cache.ledger.hold(cache.ledger.writer)  # whose lease is written by the thread that saves
