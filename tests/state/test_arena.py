@@ -5,6 +5,7 @@ import mmap
 import resource
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,11 @@ def test_memory_goes_with_its_cache_and_so_does_what_watches_it():
     own = Arena(idle_seconds=0.05)
     own.take(MB)
     own.give_back()
-    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    timer, memory = own._timer, weakref.ref(own)
     del own
     gc.collect()
-    wait_until(lambda: not any(t.is_alive() for t in timers))
+    assert memory() is None
+    wait_until(lambda: not timer.is_alive())
 
 
 def test_a_view_outlives_the_release():
