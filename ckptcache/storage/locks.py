@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import orjson
 from filelock import FileLock, Timeout
@@ -40,6 +40,8 @@ def locked(path: Path, *, timeout: float = LOCK_TIMEOUT, poll: float = 0.002) ->
 
 
 LeaseState = Literal["live", "dead", "unknown"]
+_LONGEST = 4096
+"""Bytes of a lease, at the most."""
 
 
 class Lease:
@@ -82,11 +84,16 @@ def lease_state(path: Path) -> LeaseState:
     One that nobody has signed yet is "live" or "unknown": its owner may be just about to, on any machine.
     """
     try:
-        content = fs.read_bytes(path, limit=4096)
+        with fs.open_regular(path) as file:
+            return _state_of(path, file)
     except FileNotFoundError:
         return "dead"
-    except (OSError, ValueError, CkptCacheError):
+    except (OSError, CkptCacheError):
         return "unknown"
+
+
+def _state_of(path: Path, file: BinaryIO) -> LeaseState:
+    content = file.read(_LONGEST + 1)
     is_signed = _is_of_this_machine(content)
     if not is_signed and not _is_unsigned(content):
         return "unknown"
@@ -95,16 +102,25 @@ def lease_state(path: Path) -> LeaseState:
         lock.acquire(timeout=0)
     except Timeout:
         return "live"
-    except OSError:
-        return "unknown"
     try:
-        # The owner removed it since it was read, and taking the lock made an empty one in its place.
-        with suppress(FileNotFoundError):
-            if content and path.stat().st_size == 0:
-                fs.remove(path, root=path.parent)
+        is_made_here = _is_another(path, file)
+        if is_made_here:
+            fs.remove(path, root=path.parent)
     finally:
         lock.release()
-    return "dead" if is_signed else "unknown"
+    return "dead" if is_signed or is_made_here else "unknown"
+
+
+def _is_another(path: Path, file: BinaryIO) -> bool:
+    """Whether a lease was removed since it was read, and an empty file made in its place by who took its lock.
+
+    A name is used once, so that nobody else's is empty there. While `file` is open its number is nobody else's.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return found.st_size == 0 and not os.path.samestat(found, os.fstat(file.fileno()))
 
 
 def remove_dead_lease(path: Path) -> bool:

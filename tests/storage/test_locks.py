@@ -5,12 +5,13 @@ import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 from ckptcache.errors import LockTimeout
-from ckptcache.storage import fs, locks
+from ckptcache.storage import locks
 from tests.faults import FailingSystem, end_of, run_child, start_child, swapped, wait_for
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EACCES]
@@ -146,19 +147,21 @@ def test_a_lease_given_back_is_dead_and_leaves_no_file(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("is_signed", [True, False])
 def test_a_lease_given_back_while_it_is_looked_at_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_signed: bool
 ) -> None:
     path = tmp_path / "s.lock"
     lease = locks.Lease(path)
-    read = fs.read_bytes
+    if not is_signed:
+        path.write_bytes(b"")
 
-    def read_then_release(path: Path, *, limit: int) -> bytes:
-        data = read(path, limit=limit)
-        lease.release()
-        return data
+    class LockOfALateLooker(locks.FileLock):
+        def acquire(self, *args: Any, **options: Any) -> Any:
+            lease.release()
+            return super().acquire(*args, **options)
 
-    monkeypatch.setattr(fs, "read_bytes", read_then_release)
+    monkeypatch.setattr(locks, "FileLock", LockOfALateLooker)
     assert locks.lease_state(path) == "dead"
     assert names(tmp_path) == []
 
