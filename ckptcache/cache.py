@@ -323,6 +323,7 @@ class TrainingCache:
         model_config: Any = None,
         data_config: Any = None,
         rng: bool = True,
+        only: Callable[[CheckpointMetadata], bool] | None = None,
     ) -> "Restored | None":
         """Restore `objects` from the checkpoint that the policy chooses; None means a fresh start.
 
@@ -334,6 +335,7 @@ class TrainingCache:
             resume: "best", "latest", "auto" (an interrupted session goes on from its latest, else
                 best), "never", or an id or name.
             rng: whether to restore the global random number generators, if they were saved.
+            only: says of a record whether its checkpoint may be taken at all.
 
         Raises:
             CheckpointNotFound, CheckpointMissing, CheckpointDamaged, Incompatible, NotRestorable: the checkpoint
@@ -347,7 +349,9 @@ class TrainingCache:
         self.staged()
         self.last_notes = self.last_warned = ()
         needed = self.needed(objects, model_config=model_config, data_config=data_config)
-        restored, told = restore_first(self.ledger, lambda: self.choose(needed, resume), objects, rng=rng)
+        restored, told = restore_first(
+            self.ledger, lambda: self.choose(needed, resume).restricted(only), objects, rng=rng
+        )
         self.last_notes, self.last_warned = told.notes, told.warned
         return restored
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from ckptcache.errors import (
     LockTimeout,
     SaveFailed,
 )
+from ckptcache.events import Events
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
 from ckptcache.tally import Tally
 
@@ -32,6 +34,7 @@ class Checkpointer:
     Args:
         configs: what it was told of its model, its data and its training, by the names of `TrainingCache.save`.
         parent: the checkpoint that it resumed from.
+        events: told of what is saved, evicted, or fails to be.
     """
 
     def __init__(
@@ -40,8 +43,14 @@ class Checkpointer:
         tally: Tally,
         configs: Mapping[str, Any],
         parent: CheckpointMetadata | None,
+        events: Events,
     ) -> None:
         self._cache, self._tally, self._configs, self._parent = cache, tally, configs, parent
+        self._events = events
+        self._began = 0.0
+        self.seconds = 0.0
+        """How long the longest save took, from its call until it was known to be durable."""
+        self.last_durable: CheckpointMetadata | None = None
 
     def offer(
         self, reason: str, state: Mapping[str, Any], session: Callable[[], SessionRecord], **options: Any
@@ -58,6 +67,7 @@ class Checkpointer:
         except SURVIVABLE as error:
             self._tally.failed(iteration)
             log.error("a checkpoint could not be saved, and training goes on: %s", error)
+            self._events.emit("save_failed", error)
             return None
 
     def save(
@@ -71,7 +81,7 @@ class Checkpointer:
     ) -> CheckpointMetadata | None:
         """Save, once the save before is over; None where it had to be an improvement, and was none."""
         self.collect()
-        now = session()
+        now, self._began = session(), time.monotonic()
         record = self._cache.save(
             state,
             iteration=now.end_iteration,
@@ -87,7 +97,7 @@ class Checkpointer:
         if record is not None:
             self._tally.saved(record)
             if blocking:
-                self._count_evicted()
+                self._note_durable()
         return record
 
     def _has_saved_at(self, iteration: int) -> bool:
@@ -95,21 +105,36 @@ class Checkpointer:
             self.collect()  # it may have failed
         return self._tally.saved_at == iteration
 
+    def collect_finished(self) -> None:
+        """`collect`, where there is something to see without waiting."""
+        if self._tally.is_in_flight and not self._cache.is_saving:
+            self.collect()
+
     def collect(self) -> None:
         """See what came of the save in the background; one that failed was said already, and is survived."""
         try:
             self._cache.wait_until_finished(session=self._tally.record.id)
-        except SURVIVABLE:
+        except SURVIVABLE as error:
             self._tally.unsaved()
+            self._events.emit("save_failed", error)
         except Exception:
             self._tally.unsaved()
             raise
         else:
-            self._count_evicted()
+            self._note_durable()
 
-    def _count_evicted(self) -> None:
-        if self._tally.last_saved is not None:
-            self._tally.collected(len(self._cache.evicted_for(self._tally.last_saved.id)))
+    def _note_durable(self) -> None:
+        last = self._tally.last_saved
+        if last is None or not self._tally.is_in_flight:
+            return
+        self.seconds = max(self.seconds, time.monotonic() - self._began)
+        self.last_durable, evicted = last, self._cache.evicted_for(last.id)
+        self._tally.collected(len(evicted))
+        if self._events.is_heard("saved"):
+            # As it stands now, with its size and its digest; others may have removed it since.
+            self._events.emit("saved", next((r for r in self._cache.checkpoints() if r.id == last.id), last))
+        if evicted:
+            self._events.emit("evicted", dict(evicted))
 
     def _parents(self) -> tuple[str, ...]:
         parent = self._tally.last_saved or self._parent

@@ -1,9 +1,10 @@
 """From which checkpoints a run may resume, in which order: a pure choice over the catalogue."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from ckptcache.catalog import Catalog, Explanation
 from ckptcache.errors import AmbiguousId, CheckpointMissing, CheckpointNotFound, Incompatible
@@ -26,6 +27,10 @@ class Choice:
     """Those that fit and can be seen to be damaged without reading them, with the reason."""
     missing: tuple[str, ...] = ()
     """Those that would have come before `records`, and whose files are gone."""
+
+    def restricted(self, only: Callable[[CheckpointMetadata], bool] | None) -> Self:
+        """The same choice among those of which `only` says yes; None: among all."""
+        return self if only is None else dataclasses.replace(self, records=list(filter(only, self.records)))
 
 
 def choose(

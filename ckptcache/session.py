@@ -1,12 +1,12 @@
 """TrainingSession: one process's stretch of training. It resumes, logs, saves, and leaves a record."""
 
-import dataclasses
 import logging
 import math
 import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,24 +14,30 @@ from typing import Any, Self
 import orjson
 
 from ckptcache.cache import TrainingCache
-from ckptcache.checkpointing import SURVIVABLE, Checkpointer
-from ckptcache.environment import environment
-from ckptcache.errors import (
-    CkptCacheError,
-    DuplicateName,
-    InvalidValue,
-    SessionClosed,
+from ckptcache.checkpointing import SURVIVABLE
+from ckptcache.deadline import Deadline
+from ckptcache.errors import CkptCacheError, InvalidValue, SessionClosed
+from ckptcache.events import Events, Handler
+from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord
+from ckptcache.overrides import (
+    apply_overrides,
+    check_overrides,
+    differences,
+    lowered,
+    optimizers_in,
+    scale_learning_rate,
+    settings_of,
 )
-from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord, new_session_id, utc_now
+from ckptcache.policy.divergence import DivergenceGuard
+from ckptcache.recovery import Divergence, Recovery
+from ckptcache.registry import Registry
 from ckptcache.signals import SignalWatch
-from ckptcache.startup import Startup, announce, avoid_repeating, be_heard, reseed_object, start
-from ckptcache.state.capture import capture
-from ckptcache.state.restore import RNG, apply, check_fillable
+from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start
+from ckptcache.state.restore import RNG, RestoreReport, apply
 from ckptcache.state.rng import capture_rng, derived_seed
-from ckptcache.state.stepping import StepCounter
 from ckptcache.storage import fs
-from ckptcache.storage.ptfile import HEADER
-from ckptcache.tally import Tally, summary_of
+from ckptcache.stretch import Stretch
+from ckptcache.tally import summary_of
 from ckptcache.values import plain_config
 
 log = logging.getLogger("ckptcache")
@@ -50,16 +56,23 @@ class TrainingSession:
 
     Args:
         cache: where checkpoints are kept.
-        model, optimizer, scheduler, scaler, loader: registered under these names, if given.
+        model, optimizer, scheduler, scaler, loader: registered under these names, if given. A loader without
+            `state_dict` is not saved: after a resume its epoch begins anew, which is said.
         model_config, data_config, training_config: what `TrainingCache.save` takes.
         resume: "best", "latest", "auto", "never", or an id or name.
         seed: from which a reseeded session's generators are derived.
         checkpoint_interval: save at every so many iterations, evaluated or not.
-        max_seconds: stop, with a last save, once so many seconds have passed since entry. If left out, what the
-            environment variable CKPTCACHE_MAX_SECONDS says, so that who starts a training can limit it; without
-            that, no limit.
+        max_seconds: be done, last save included, within so many seconds of entry, as far as the steps and saves so
+            far tell. If left out, what the environment variable CKPTCACHE_MAX_SECONDS says, so that who starts a
+            training can limit it; without that, no limit.
+        overrides: settings of the optimizers that hold whatever a checkpoint says, such as ``{"lr": 1e-4}`` for all of
+            them, or ``{"optimizer": {"lr": 1e-4}}`` for one. Under a scheduler ``lr`` is where its schedule starts.
+        divergence_guard: what counts as diverged by the values logged as ``loss`` and by validation losses; the session
+            then goes back to the best good checkpoint, see `DivergenceGuard`. None: no guard. An iterator that the loop
+            has drawn from a loader is the loop's own: make it anew at "diverged".
         summary_path: where the summary goes; the cache's folder if left out.
-        objects: anything else to save and restore, by name: what `TrainingCache.save` takes.
+        objects: anything else to save and restore, by name: what `TrainingCache.save` takes. Numbers and other plain
+            values are kept in `values`.
 
     Raises:
         InvalidValue: an interval, a limit or a configuration doesn't work.
@@ -67,7 +80,8 @@ class TrainingSession:
 
     Raises (at entry):
         NotSavable: an object could be saved and never be read back; it is named.
-        InvalidValue: an object can't be changed in place, such as a number, and so never be restored.
+        InvalidValue: an object can't be restored, a scheduler drives an optimizer that isn't registered, or an override
+            names no setting.
         CacheDirNotWritable, IndexDamaged, IndexTooNew: the cache can't be used.
         CheckpointNotFound, CheckpointMissing, Incompatible, ...: what `resume` names can't be restored.
     """
@@ -88,39 +102,49 @@ class TrainingSession:
         seed: int = 0,
         checkpoint_interval: int | None = None,
         max_seconds: float | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        divergence_guard: DivergenceGuard | None = None,
         summary_path: str | os.PathLike[str] | None = None,
         **objects: Any,
     ) -> None:
         _check_above_0("checkpoint_interval", checkpoint_interval)
         _check_above_0("max_seconds", max_seconds)
-        max_seconds = _limit_from_outside() if max_seconds is None else max_seconds
         configs = {"model_config": model_config, "data_config": data_config, "training_config": training_config}
         self.cache = cache
-        self.id = new_session_id()
         self.configs: dict[str, Any] = {
             name: None if value is None else plain_config(value, name) for name, value in configs.items()
         }
         self.resume = resume
         self.seed = seed
         self.checkpoint_interval = checkpoint_interval
-        self.max_seconds = max_seconds
+        self.max_seconds = _limit_from_outside() if max_seconds is None else max_seconds
+        self.overrides = dict(overrides or {})
         self.summary_path = Path(summary_path) if summary_path else cache.cache_dir / SUMMARY_NAME
-        self._objects: dict[str, Any] = {}
+        self._registry = Registry()
         standard = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "loader": loader}
         for name, value in {**{k: v for k, v in standard.items() if v is not None}, **objects}.items():
-            self._add(name, value)
+            self._registry.add(name, value)
         self._state = "new"
-        self._startup = Startup()
-        self._tally = Tally(SessionRecord(id=self.id))
-        self._saves = Checkpointer(cache, self._tally, self.configs, None)
-        self._final: SessionRecord | None = None
-        self._counter = StepCounter(0)
+        self._events = Events()
+        self._stretch = self._new_stretch(resume)
+        guard = divergence_guard
+        self._recovery = None if guard is None else Recovery(guard, endures_overflow=scaler is not None)
+        self._recoveries = 0
+        self._deadline = Deadline(self.max_seconds)
         self._signals = SignalWatch()
         self._owes_interval = False
         self._stop_reason: str | None = None
-        self._clock = time.monotonic()
+        self._entered = self._step_began = time.monotonic()
+
+    def _new_stretch(self, resume: str) -> Stretch:
+        return Stretch(self.cache, self._registry, self.configs, self._events, resume=resume)
 
     # --- what it found ---------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """The session's id; after a divergence, that of the branch that it went on with."""
+        return self._stretch.id
 
     @property
     def resumed_from(self) -> CheckpointMetadata | None:
@@ -143,9 +167,19 @@ class TrainingSession:
         return self._startup.messages
 
     @property
+    def report(self) -> RestoreReport:
+        """Which parts were restored, which stayed fresh, and which parts of the checkpoint went unused."""
+        return self._startup.report
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Plain values that are saved with every checkpoint and come back at a resume: change them as you like."""
+        return self._registry.values
+
+    @property
     def iteration(self) -> int:
         """Optimizer steps taken so far, over all sessions."""
-        return self._counter.iteration
+        return self._stretch.counter.iteration
 
     @property
     def stop_reason(self) -> str | None:
@@ -160,61 +194,72 @@ class TrainingSession:
     @property
     def evaluated_at(self) -> int | None:
         """The iteration of the last evaluation in this session; None before the first."""
-        return self._tally.evaluated_at
+        return self._stretch.tally.evaluated_at
+
+    @property
+    def recoveries(self) -> int:
+        """How often it went back to a checkpoint because it had diverged."""
+        return self._recoveries
 
     @property
     def record(self) -> SessionRecord:
         """The session's record as it stands, and once the session is closed, as it was then."""
-        if self._final is not None:
-            return self._final
-        return self._tally.as_of(self.iteration, time.monotonic() - self._clock, self._stop_reason)
+        return self._stretch.record(self._stop_reason)
+
+    @property
+    def _startup(self) -> Startup:
+        return self._stretch.startup
+
+    def on(self, event: str, handler: Handler) -> None:
+        """Call `handler` at each `event` with what it tells; one that raises is reported, and training goes on.
+
+        Args:
+            event: "resumed": the record, at entry; "saved": the record of a checkpoint that is durable; "evicted": a
+                mapping of id to reason; "diverged": a `Divergence`; "save_failed": the error; "stopped": the reason.
+
+        Raises:
+            InvalidValue: there is no such event.
+        """
+        self._events.on(event, handler)
 
     # --- entry and exit --------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         if self._state != "new":
             raise SessionClosed(session=self.id)
-        self._clock = time.monotonic()
+        self._entered = time.monotonic()
         be_heard()
-        capture(self._objects)  # what can't be saved is refused now, and not after hours
-        check_fillable(self._objects)
+        self._registry.check()
+        check_overrides(self.overrides, self._registry.objects)
         if self.resume not in RESERVED_NAMES:
-            self.cache.choose(self.cache.needed(self._objects, **self._needed()), self.resume)
-        self.cache.ledger.hold(self.id)
+            self.cache.choose(self.cache.needed(self._registry.objects, **self._needed()), self.resume)
+        self._stretch.hold()
         try:
             self._start()
         except BaseException:
-            self.cache.ledger.release(self.id)
+            self._stretch.release()
             raise
         self._state = "open"
         announce(self._startup, self.cache.last_warned)
+        if self.resumed_from is not None:
+            self._events.emit("resumed", self.resumed_from)
         return self
 
     def _start(self) -> None:
-        found = start(self.cache, self._objects, self._needed(), resume=self.resume)
-        declared = {name: config for name, config in self.configs.items() if config is not None}
-        record = self.cache.record_session(self._new_record(found), declared or None)
-        # Only now is it known who else went on from there: what two commit at once, one of them commits first.
-        self._startup = avoid_repeating(found, self.cache, self._objects, session=record, seed=self.seed)
-        if self._startup.reseeded:
-            record = self.cache.record_session(record.changed(reseeded=True))
-        self._tally = Tally(record, found.record if found.is_comparable else None)
-        self._saves = Checkpointer(self.cache, self._tally, self.configs, found.record)
-        self._counter = StepCounter(found.iteration, self._objects.values())
+        objects = self._registry.objects
+        given = {name: settings_of(optimizer) for name, optimizer in optimizers_in(objects).items()}
+        found = start(self.cache, objects, self._needed(), resume=self.resume)
+        self._registry.take_values(found.state)
+        told = [] if found.record is None else differences(given, objects, self.overrides)
+        told += apply_overrides(self.overrides, objects)
+        if found.record is not None:
+            told += map(loader_note, self._registry.without_state.values())
+        self._stretch.begin(found.telling(told), seed=self.seed)
+        if self._recovery is not None:
+            self._recovery.begin(self.cache, found)
 
     def _needed(self) -> dict[str, Any]:
         return {name: self.configs[name] for name in ("model_config", "data_config")}
-
-    def _new_record(self, found: Startup) -> SessionRecord:
-        return SessionRecord(
-            id=self.id,
-            parent=None if found.record is None else found.record.id,
-            resume=self.resume,
-            started_at=utc_now(),
-            start_iteration=found.iteration,
-            end_iteration=found.iteration,
-            environment=environment(),
-        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -231,25 +276,31 @@ class TrainingSession:
             self._pass_on_signal()
 
     def _finish(self) -> None:
-        self._counter.abandon()
+        self._stretch.counter.abandon()
         if self._stop_reason is None:
             self._stop_reason = "finished" if self._signals.stop is None else "signal"
         try:
-            self._saves.collect()
+            self._stretch.saves.collect()
         except BaseException:
             self._stop_reason = "error"
             raise
         finally:  # whatever became of the save before
-            if self.iteration > self.start_iteration and self._tally.saved_at != self.iteration:
+            if self._owes_last_save():
                 self._save_last()
+
+    def _owes_last_save(self) -> bool:
+        has_diverged = self._recovery is not None and self._recovery.found is not None
+        is_new = self.iteration > self.start_iteration and self._stretch.tally.saved_at != self.iteration
+        return is_new and not has_diverged
 
     def _save_last(self) -> None:
         """A last save that fails makes the run end non-zero."""
         try:
-            self._saves.save("final", self._state_now(), lambda: self.record, blocking=True)
-        except CkptCacheError:
-            self._tally.failed(self.iteration)
+            self._stretch.saves.save("final", self._state_now(), lambda: self.record, blocking=True)
+        except CkptCacheError as error:
+            self._stretch.tally.failed(self.iteration)
             self._stop_reason = "error"
+            self._events.emit("save_failed", error)
             raise
         except BaseException as error:
             self._stop_reason = "signal" if isinstance(error, KeyboardInterrupt) else "error"
@@ -257,10 +308,10 @@ class TrainingSession:
 
     def _fail(self, error: BaseException) -> None:
         """No checkpoint: the state in the middle of a step that failed is nothing to resume from."""
-        self._saves.collect()
+        self._stretch.saves.collect()
         is_signal = isinstance(error, KeyboardInterrupt) or self._signals.stop is not None
         self._stop_reason = "signal" if is_signal else "error"
-        last = self._tally.last_saved or self._startup.record
+        last = self._stretch.tally.last_saved or self._startup.record
         log.warning(
             "the session ends by %s at iteration %d; %s",
             type(error).__name__,
@@ -269,20 +320,18 @@ class TrainingSession:
         )
 
     def _close(self) -> None:
-        self._final = dataclasses.replace(self.record, ended_at=utc_now())
         self._shut()
         try:
-            self.cache.record_session(self._final)
-            self._write_summary()
-        except SURVIVABLE as error:
-            log.warning("the session's record could not be written: %s", error)
+            self._stretch.close(self._stop_reason)
+            with suppress(*SURVIVABLE):
+                self._write_summary()
         finally:
-            self.cache.ledger.release(self.id)
+            self._stretch.release()
+        self._events.emit("stopped", self._stop_reason)
 
     def _shut(self) -> None:
         self._state = "closed"
         self._signals.uninstall()
-        self._counter.remove()
 
     def _pass_on_signal(self) -> None:
         """End as the signal would have ended the process, now that everything is safe."""
@@ -299,49 +348,54 @@ class TrainingSession:
         """
         self._check_open()
         self._stop_reason = "discarded"
-        self._final = dataclasses.replace(self.record, ended_at=utc_now())
         self._shut()
+        self._stretch.end(self._stop_reason)
         try:
-            self._saves.collect()
+            self._stretch.saves.collect()
             self.cache.forget_session(self.id)
             if any(session.id == self.id for session in self.cache.sessions()):
-                self.cache.record_session(self._final)
+                self.cache.record_session(self.record)
         finally:
-            self.cache.ledger.release(self.id)
+            self._stretch.release()
 
     # --- objects ---------------------------------------------------------------------------------
 
-    def register(self, name: str, value: Any) -> None:
+    def register(self, name: str, value: Any) -> Any:
         """Save `value` from now on under `name`; if the session resumed and the checkpoint holds it, it is restored.
+
+        Returns:
+            `value`; for a number or another plain value the one that holds now, a restored one if there was one. It
+            lives on in `values`: ``session.values[name] = ...`` changes it.
 
         Raises DuplicateName, NotSavable, InvalidValue or NotRestorable; `value` is then not registered.
         """
         self._check_open()
-        self._check_name(name)
-        capture({name: value})
-        check_fillable({name: value})
-        state = dict(self._startup.state)
-        if name in state and self._startup.record is not None:
+        held = self._registry.add(name, value)
+        try:
+            self._registry.check(names=[name])
+            self._restore_late(name, value)
+        except BaseException:
+            self._registry.forget(name)
+            raise
+        self._stretch.counter.watch([value])
+        return held
+
+    def _restore_late(self, name: str, value: Any) -> None:
+        if name not in self._registry.objects:
+            return
+        if name in self._startup.state and self._startup.record is not None:
             self.staged()
-            apply({name: value}, {name: state.pop(name)}, id=self._startup.record.id, rng=False)
-            self._startup = dataclasses.replace(self._startup, state=state)
+            apply({name: value}, {name: self._startup.state[name]}, id=self._startup.record.id, rng=False)
+            self._stretch.startup = self._startup.without(name)
         if self._startup.reseeded:
             reseed_object(name, value, derived_seed(self.seed, self.id))
-        self._add(name, value)
-        self._counter.watch([value])
-
-    def _add(self, name: str, value: Any) -> None:
-        self._check_name(name)
-        self._objects[name] = value
-
-    def _check_name(self, name: str) -> None:
-        if name in self._objects or name in (RNG, HEADER):
-            raise DuplicateName(name=name)
 
     # --- the loop --------------------------------------------------------------------------------
 
     def steps(self, max_iters: int | None = None, *, session_iters: int | None = None) -> Iterator[int]:
         """The iterations that are left, counted from 0 over all sessions; one optimizer step each.
+
+        With a divergence guard, the iteration after one that diverged may be an earlier one.
 
         Args:
             max_iters: how many in all. None: no end.
@@ -354,13 +408,13 @@ class TrainingSession:
             end = min(end, self.start_iteration + session_iters)
         self._begin_steps(end)
         while self.iteration < end and not self._is_over():
-            step = self._counter.begin()
+            step, self._step_began = self._stretch.counter.begin(), time.monotonic()
             try:
                 yield step
             except GeneratorExit:
-                self._counter.abandon()
+                self._stretch.counter.abandon()
                 raise
-            self._counter.end()
+            self._stretch.counter.end()
             if self._state == "open":
                 self._after_step(is_last=self.iteration >= end)
 
@@ -372,8 +426,15 @@ class TrainingSession:
         if self.iteration >= end and self.iteration == self.start_iteration:
             self._stop_reason = "nothing_to_do"
             log.info("nothing is left to do: iteration %d of %s", self.iteration, end)
+        elif self._recovery is not None and self.resumed_from is None and self.iteration == self.start_iteration:
+            self._recovery.keep_start(self._registry.state())
 
     def _after_step(self, *, is_last: bool) -> None:
+        self._stretch.saves.collect_finished()
+        self._deadline.stepped(time.monotonic() - self._step_began)
+        self._deadline.saved(self._stretch.saves.seconds)
+        if self.recover():
+            return
         is_last = self._is_over() or is_last
         if self._signals.stop is not None or self._signals.save_requested:
             self._signals.save_requested = False
@@ -399,14 +460,14 @@ class TrainingSession:
 
     def stepped(self) -> None:
         """The optimizer step of this iteration is over, though it may have been left out, as a GradScaler does."""
-        self._counter.note()
+        self._stretch.counter.note()
 
     def _is_over(self) -> bool:
         if self._stop_reason is not None:
             return True
         if self._signals.stop is not None:
             self._stop_reason = "signal"
-        elif self.max_seconds is not None and time.monotonic() - self._clock >= self.max_seconds:
+        elif self._deadline.is_due(time.monotonic() - self._entered):
             self._stop_reason = "max_seconds"
         return self._stop_reason is not None
 
@@ -425,11 +486,13 @@ class TrainingSession:
 
         Raises InvalidValue for what is not one number.
         """
-        self._tally.curves.add(self.iteration, values)
+        self._stretch.tally.curves.add(self.iteration, values)
+        if self._recovery is not None and "loss" in values:
+            self._recovery.logged(self.iteration, values["loss"])
 
     def latest(self, name: str) -> float | None:
         """The last value that was logged under `name`; None without one."""
-        return self._tally.curves.latest(name)
+        return self._stretch.tally.curves.latest(name)
 
     def checkpoint(
         self,
@@ -460,19 +523,73 @@ class TrainingSession:
     def evaluated(self, val_loss: float | None, metrics: Mapping[str, float] | None = None) -> None:
         """Note an evaluation at this iteration, without offering a checkpoint; InvalidValue for what is no number."""
         self._check_open()
-        self._tally.evaluated(self.iteration, val_loss, metrics or {})
+        loss = self._stretch.tally.evaluated(self.iteration, val_loss, metrics or {})
+        if self._recovery is not None:
+            self._recovery.evaluated(self.iteration, loss)
 
     # --- saving ----------------------------------------------------------------------------------
 
     def _offer(self, reason: str, **options: Any) -> CheckpointMetadata | None:
-        return self._saves.offer(reason, self._state_now(), lambda: self.record, **options)
+        if self._recovery is not None and self._recovery.found is not None:
+            return None  # what has diverged is nothing to go back to, and would push out what is
+        return self._stretch.saves.offer(reason, self._state_now(), lambda: self.record, **options)
 
     def _state_now(self) -> dict[str, Any]:
-        return {**self._objects, RNG: capture_rng()}
+        return {**self._registry.state(), RNG: capture_rng()}
 
     def _check_open(self) -> None:
         if self._state != "open":
             raise SessionClosed(session=self.id)
+
+    # --- when it diverges ------------------------------------------------------------------------
+
+    def recover(self) -> bool:
+        """If the guard has noticed a divergence, go back to the best good checkpoint, as a new branch.
+
+        `steps` does so by itself after each iteration; a loop that evaluates after its last one may call it, and
+        go through `steps` again. Where all has been tried, the session stops as "diverged".
+
+        Returns:
+            Whether it went back.
+        """
+        recovery = self._recovery
+        if recovery is None or self._stop_reason not in (None, "finished"):
+            return False
+        if recovery.found is None:
+            if (last := self._stretch.saves.last_durable) is not None:
+                recovery.saved(last)
+            return False
+        reason, iteration = recovery.found
+        factor = recovery.next_factor()
+        startup = None if factor is None else self._go_back(recovery)
+        if factor is None or startup is None:
+            divergence = Divergence(reason, iteration, stops=True)
+            self.stop("diverged")
+        else:
+            divergence = Divergence(reason, iteration, startup.record, factor)
+            self._branch(startup, factor)
+        log.warning("%s", divergence)
+        self._events.emit("diverged", divergence)
+        return not divergence.stops
+
+    def _go_back(self, recovery: Recovery) -> Startup | None:
+        self._stretch.saves.collect()
+        return recovery.restore(self.cache, self._registry.objects, self._needed(), session=self.id)
+
+    def _branch(self, startup: Startup, learning_rate_factor: float) -> None:
+        """Close this stretch as diverged, and begin another where `startup` is."""
+        ended, self._stretch = self._stretch, self._new_stretch("recovery")
+        self._stretch.hold()
+        ended.close("diverged")
+        ended.release()
+        self._registry.take_values(startup.state)
+        self._stretch.begin(startup, seed=self.seed, reseed_because="training has diverged")
+        scale_learning_rate(self._registry.objects, learning_rate_factor)
+        self.overrides = lowered(self.overrides, learning_rate_factor)
+        apply_overrides(self.overrides, self._registry.objects)
+        self._recoveries += 1
+        if self._recovery is not None:
+            self._recovery.begin(self.cache, startup)
 
     # --- the end ---------------------------------------------------------------------------------
 

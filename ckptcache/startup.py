@@ -6,13 +6,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from ckptcache.cache import TrainingCache
 from ckptcache.catalog import Catalog, Explanation
 from ckptcache.metadata import CheckpointMetadata, SessionRecord
+from ckptcache.registry import VALUES
 from ckptcache.resume import why_not
 from ckptcache.state.capture import walk
+from ckptcache.state.restore import RestoreReport
 from ckptcache.state.rng import derived_seed, reseed_generator, seed_everything
 
 log = logging.getLogger("ckptcache")
@@ -36,11 +38,21 @@ class Startup:
     """Parts of the checkpoint that no object took yet."""
     chose_best: bool = False
     """Whether it was chosen for being the best, so that others may be given the same one."""
+    report: RestoreReport = field(default_factory=RestoreReport)
+    """Which parts were restored, which objects stayed fresh, which parts no object took."""
 
     @property
     def iteration(self) -> int:
         """Optimizer steps taken before."""
         return 0 if self.record is None else self.record.iteration
+
+    def telling(self, lines: Iterable[str]) -> Self:
+        """The same, with more to say."""
+        return dataclasses.replace(self, messages=(*self.messages, *lines))
+
+    def without(self, part: str) -> Self:
+        """The same, once an object has taken a part of the checkpoint."""
+        return dataclasses.replace(self, state={name: value for name, value in self.state.items() if name != part})
 
 
 class _Fallback(logging.Handler):
@@ -93,9 +105,20 @@ def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str,
     is_comparable = catalog.judge(record, description).comparable
     if not is_comparable and record.val_loss is not None:
         lines.append("the validation data differ from those of the checkpoint: the first evaluation sets the baseline")
-    if restored.report.fresh:
-        lines.append(f"not in the checkpoint, and so fresh: {', '.join(restored.report.fresh)}")
-    return Startup(record, False, is_comparable, tuple(lines), restored.state, resume == "best")
+    report = restored.report
+    lines += _what_became_of(report)
+    return Startup(record, False, is_comparable, tuple(lines), restored.state, resume == "best", report)
+
+
+def _what_became_of(report: RestoreReport) -> list[str]:
+    """What was restored, what was not, and what is fresh; plain values come back without being asked for."""
+    taken = [*report.restored, *(part for part in report.unused if part == VALUES)]
+    told = {
+        "restored": taken,
+        "in the checkpoint, and not asked for": [part for part in report.unused if part != VALUES],
+        "not in the checkpoint, and so fresh": report.fresh,
+    }
+    return [f"{what}: {', '.join(parts)}" for what, parts in told.items() if parts]
 
 
 def avoid_repeating(
@@ -111,7 +134,12 @@ def avoid_repeating(
     why = continued_by(cache.ledger.view(), startup.record, before=session)
     if not why:
         return startup
-    lines = _reseed(objects, derived_seed(seed, session.id), why)
+    return reseeded(startup, objects, derived_seed(seed, session.id), why)
+
+
+def reseeded(startup: Startup, objects: Mapping[str, Any], seed: int, why: str) -> Startup:
+    """`startup`, once whatever draws at random has begun anew from `seed`."""
+    lines = _reseed(objects, seed, why)
     return dataclasses.replace(startup, reseeded=True, messages=(*startup.messages, *lines))
 
 
@@ -151,6 +179,14 @@ def reseed_object(name: str, value: Any, seed: int) -> bool:
         else:
             found |= reseed_generator(leaf, derived_seed(seed, path))
     return found
+
+
+def loader_note(kind: str) -> str:
+    """What a resume means for a loader of class `kind` that can't say where it is."""
+    return (
+        f"the loader's position is approximate: {kind} has no state_dict, so that its epoch begins anew, and batches "
+        "come again (a loader or sampler with state_dict and load_state_dict goes on exactly)"
+    )
 
 
 def _found(catalog: Catalog) -> str:

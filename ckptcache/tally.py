@@ -78,6 +78,11 @@ class Tally:
         if record.val_loss is not None:
             self._note_best(record.id, record.val_loss)
 
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether it isn't known yet what came of the last save."""
+        return self._before is not None
+
     def collected(self, evicted: int) -> None:
         """The last save counts, and so many others had to go for it."""
         if self._before is not None:

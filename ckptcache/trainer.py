@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 from ckptcache.cache import TrainingCache
 from ckptcache.errors import InvalidValue, SessionClosed
 from ckptcache.metadata import CheckpointMetadata
+from ckptcache.policy.divergence import DivergenceGuard
+from ckptcache.recovery import Divergence
 from ckptcache.session import TrainingSession
 from ckptcache.state.rng import preserved_rng
 from ckptcache.values import as_float
 
 log = logging.getLogger("ckptcache")
+_DEFAULT_GUARD = DivergenceGuard()
 Evaluation = float | tuple[float, Mapping[str, float]] | Mapping[str, float]
 
 
@@ -58,7 +61,8 @@ class CachedTrainer:
         max_iters: iterations in all, over all sessions.
         session_iters: iterations in this session.
         eval_interval: iterations between evaluations; there is one at the start and one at the end in any case.
-            At these the session ends as "diverged" when the loss is NaN or infinite, since no step mends that.
+        divergence_guard: what counts as diverged, upon which training goes back to the best good checkpoint, see
+            `DivergenceGuard`. None: the session ends as "diverged" at an evaluation whose loss is NaN or infinite.
         session_options: what `TrainingSession` takes: model_config, data_config, resume, checkpoint_interval, ...
 
     Raises:
@@ -83,6 +87,7 @@ class CachedTrainer:
         max_iters: int | None = None,
         session_iters: int | None = None,
         eval_interval: int = 100,
+        divergence_guard: DivergenceGuard | None = _DEFAULT_GUARD,
         **session_options: Any,
     ) -> None:
         _check_counts(gradient_accumulation_steps, eval_interval, max_iters, session_iters)
@@ -90,7 +95,7 @@ class CachedTrainer:
             raise InvalidValue(name="grad_clip", value=grad_clip, reason="it must be at least 0")
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
         self.loss, self.batches, self.evaluate = loss, batches, evaluate
-        self.callbacks = tuple(callbacks)
+        self.callbacks, self._guard = tuple(callbacks), divergence_guard
         self.gradient_accumulation_steps, self.grad_clip = gradient_accumulation_steps, grad_clip
         self.max_iters, self.session_iters, self.eval_interval = max_iters, session_iters, eval_interval
         self.session = TrainingSession(
@@ -100,10 +105,13 @@ class CachedTrainer:
             scheduler=scheduler,
             scaler=scaler,
             loader=batches if hasattr(batches, "state_dict") else None,
+            divergence_guard=divergence_guard,
             **_stateful_callbacks(self.callbacks),
             **session_options,
         )
+        self.session.on("diverged", self._begin_batches_anew)
         self.session.__enter__()
+        self._resumed_from = self.session.resumed_from
         if self.resumed_from is not None and not hasattr(batches, "state_dict"):
             log.warning("the batches have no state_dict: they begin anew")
         self._stream = _endless(batches)
@@ -113,12 +121,12 @@ class CachedTrainer:
     @property
     def starting_iteration(self) -> int:
         """Where training starts: 0, or the iteration of the checkpoint that it resumed from."""
-        return self.session.start_iteration
+        return 0 if self.resumed_from is None else self.resumed_from.iteration
 
     @property
     def resumed_from(self) -> CheckpointMetadata | None:
         """The checkpoint that it resumed from; None after a fresh start."""
-        return self.session.resumed_from
+        return self._resumed_from
 
     @property
     def last_iteration(self) -> int | None:
@@ -157,7 +165,12 @@ class CachedTrainer:
         self.model.train()
         self._call("on_start")
         self._evaluate_at_start()
-        for iteration in self.session.steps(self.max_iters, session_iters=self.session_iters):
+        self._train_to_the_end()
+        while self.session.recover():  # the evaluation after the last step has told of a divergence
+            self._train_to_the_end()
+
+    def _train_to_the_end(self) -> None:
+        for iteration in self.session.steps(self.last_iteration):
             self._call("before_step", iteration)
             loss = self._step()
             self.session.stepped()
@@ -168,6 +181,11 @@ class CachedTrainer:
         is_trained = self.session.stop_reason not in ("signal", "nothing_to_do")
         if is_trained and self.session.evaluated_at != self.session.iteration:
             self._evaluate_and_offer()
+
+    def _begin_batches_anew(self, divergence: Divergence) -> None:
+        """What was drawn ahead belongs to the branch that was left."""
+        if not divergence.stops:
+            self._stream = _endless(self.batches)
 
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -206,7 +224,7 @@ class CachedTrainer:
             val_loss, metrics = self._evaluation(self.evaluate)
             self.session.evaluated(val_loss, metrics)
             self._call("after_evaluation", val_loss, metrics)
-            self._end_if_diverged(val_loss)
+            self._end_if_diverged(val_loss, guarded=False)
 
     def _evaluate_and_offer(self) -> None:
         if self.evaluate is None:
@@ -224,12 +242,14 @@ class CachedTrainer:
         """Without an evaluation the training loss is all there is to tell of a divergence."""
         loss = self.session.latest("loss")
         # With a scaler a loss that overflows is ordinary: the step is left out, and the scale halved.
-        if loss is not None and self.scaler is None and not math.isfinite(loss):
+        if loss is not None and self._guard is None and self.scaler is None and not math.isfinite(loss):
             self.session.evaluated(loss)  # so that nothing ever resumes from what is saved now
             self._end_if_diverged(loss)
 
-    def _end_if_diverged(self, val_loss: float | None) -> None:
-        if val_loss is not None and not math.isfinite(val_loss):
+    def _end_if_diverged(self, val_loss: float | None, *, guarded: bool = True) -> None:
+        # What is broken before the first step isn't mended by another try.
+        is_guarded = guarded and self._guard is not None
+        if not is_guarded and val_loss is not None and not math.isfinite(val_loss):
             log.warning("the loss has diverged: it is %s at iteration %d", val_loss, self.session.iteration)
             self.session.stop("diverged")
 

@@ -195,6 +195,7 @@ def prepare(
             cache,
             callbacks=(TrainingDisplay(console),),
             resume=options.get("resume", "best"),
+            keep_saved_learning_rate="learning_rate" not in options,
             summary_path=out_dir / "training_summary.json",
         )
     say(console, f"text: {corpus.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate")

@@ -21,7 +21,8 @@ FLOORS = {
         *("checkup", "transfer", "cache"),
     ),
     4: (
-        *("curves", "tally", "checkpointing", "signals", "startup", "session", "trainer", "display"),
+        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),
+        *("stretch", "recovery", "session", "trainer", "display"),
         *("workflow", "distributed", "mirror", "report", "progress"),
     ),
     5: ("nanecho", "integrations", "dashboard", "cli"),
@@ -34,7 +35,10 @@ STAIRS = (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
         *("checkup", "transfer", "cache"),
     ),
-    ("curves", "tally", "checkpointing", "signals", "startup", "session", "trainer", "display", "workflow"),
+    (
+        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),
+        *("stretch", "recovery", "session", "trainer", "display", "workflow"),
+    ),
 )
 """Within a floor, these stand one above the other."""
 

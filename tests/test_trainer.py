@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptcache.errors import InvalidValue, SessionClosed
+from ckptcache.policy.divergence import DivergenceGuard
 from ckptcache.trainer import CachedTrainer, Callback
 from tests.jobs import cache_at, differences
 
@@ -367,17 +368,18 @@ def test_an_evaluation_sees_the_model_in_evaluation_and_frozen_parts_stay_frozen
     assert seen == [(True, False)] * 4
 
 
-def test_a_loss_that_is_not_a_number_ends_the_session_and_is_never_resumed_from(tmp_path):
+@pytest.mark.parametrize(("guard", "end"), [(None, 10), (DivergenceGuard(), 6)], ids=["unguarded", "guarded"])
+def test_a_loss_that_is_not_a_number_ends_the_session_and_is_never_resumed_from(tmp_path, guard, end):
     first = made(tmp_path, max_iters=5)
     first.train()
 
     def explode(model, batch):
         return loss_of(model, batch) * float("nan")
 
-    second = made(tmp_path, max_iters=50, loss=explode)
+    second = made(tmp_path, max_iters=50, loss=explode, divergence_guard=guard)
     summary = second.train()
-    assert (summary["stop_reason"], summary["end_iteration"]) == ("diverged", 10)
-    assert summary["last_val_loss"] == "nan"
+    assert (summary["stop_reason"], summary["end_iteration"]) == ("diverged", end)
+    assert second.starting_iteration == 5
     for resume in ("best", "latest", "auto"):
         third = made(tmp_path, max_iters=50, resume=resume)
         assert third.starting_iteration == 5
@@ -385,13 +387,14 @@ def test_a_loss_that_is_not_a_number_ends_the_session_and_is_never_resumed_from(
         third.close()
 
 
-def test_a_divergence_shows_in_the_training_loss_where_nothing_is_evaluated(tmp_path):
+@pytest.mark.parametrize(("guard", "end"), [(None, 10), (DivergenceGuard(), 6)], ids=["unguarded", "guarded"])
+def test_a_divergence_shows_in_the_training_loss_where_nothing_is_evaluated(tmp_path, guard, end):
     def explode(model, batch):
         return loss_of(model, batch) * float("inf")
 
     made(tmp_path, max_iters=5, evaluate=None).train()
-    summary = made(tmp_path, max_iters=50, evaluate=None, loss=explode).train()
-    assert (summary["stop_reason"], summary["end_iteration"]) == ("diverged", 10)
+    summary = made(tmp_path, max_iters=50, evaluate=None, loss=explode, divergence_guard=guard).train()
+    assert (summary["stop_reason"], summary["end_iteration"]) == ("diverged", end)
     trainer = made(tmp_path, max_iters=50, evaluate=None)
     assert trainer.starting_iteration == 5
     trainer.close()

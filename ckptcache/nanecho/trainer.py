@@ -1,6 +1,8 @@
 """CachedNanEchoTrainer: the main job, a small GPT whose connections grow, trained on text."""
 
+import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,23 +15,62 @@ from ckptcache.nanecho.model import NanEcho, parameter_groups
 from ckptcache.nanecho.sampler import BlockSampler, evaluation_batches
 from ckptcache.nanecho.schedule import ConnectionGrowth, learning_rate_at
 from ckptcache.nanecho.settings import NanEchoConfig, TrainingSettings
+from ckptcache.recovery import Divergence
 from ckptcache.state.rng import seed_everything
 from ckptcache.trainer import CachedTrainer, Callback
+
+log = logging.getLogger("ckptcache")
 
 
 class Schedule(Callback):
     """Sets the optimizer's numbers and grows the connections, by the iteration and the settings in force."""
 
-    def __init__(self, model: NanEcho, settings: TrainingSettings) -> None:
+    def __init__(
+        self,
+        model: NanEcho,
+        optimizer: torch.optim.Optimizer,
+        settings: TrainingSettings,
+        *,
+        keep_saved_learning_rate: bool,
+    ) -> None:
+        self.optimizer = optimizer
         self._settings = settings
         self._growth = ConnectionGrowth.of(model.config, settings)
         self._model = model
+        self._keeps_saved = keep_saved_learning_rate
+        self._asked = settings.learning_rate
+        self._saved: float | None = None
+
+    def state_dict(self) -> dict[str, float]:
+        """The learning rate that the schedule starts from: asked for once, and lowered perhaps since."""
+        return {"learning_rate": self._settings.learning_rate}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go by the saved learning rate, if that is to be kept."""
+        self._saved = state["learning_rate"]
+        if self._keeps_saved:
+            self._set_learning_rate(self._saved)
 
     def on_start(self, trainer: CachedTrainer) -> None:
         """Put the settings in force over those that the checkpoint's optimizer was saved with."""
+        asked, now = self._asked, self._settings.learning_rate
+        if self._saved is not None and self._keeps_saved and now != asked:
+            log.info("learning_rate is %g, as saved; the default is %g (--learning_rate changes it)", now, asked)
+        elif self._saved is not None and self._saved != now:
+            log.info("learning_rate is %g, as asked; saved was %g", now, self._saved)
+        trainer.session.on("diverged", self._lower)
         fresh = parameter_groups(self._model, self._settings.weight_decay)
         for group, new in zip(trainer.optimizer.param_groups, fresh, strict=True):
             group["weight_decay"], group["betas"] = new["weight_decay"], self._settings.betas
+
+    def _lower(self, divergence: Divergence) -> None:
+        self._set_learning_rate(self._settings.learning_rate * divergence.learning_rate_factor)
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        """The lowest rate, where one was asked for, stays below."""
+        lowest = self._settings.min_learning_rate
+        lowest = None if lowest is None else min(lowest, learning_rate)
+        self._settings = replace(self._settings, learning_rate=learning_rate, min_learning_rate=lowest)
 
     def before_step(self, trainer: CachedTrainer, iteration: int) -> None:
         """Grow if it is due, and save that; then set the learning rate of the coming step."""
@@ -51,6 +92,7 @@ class CachedNanEchoTrainer(CachedTrainer):
         corpus: the text.
         cache: where checkpoints are kept.
         callbacks: in addition to the schedule.
+        keep_saved_learning_rate: whether a resume goes by the learning rate of the checkpoint, and not of `settings`.
         session_options: what `TrainingSession` takes: resume, summary_path, ...
     """
 
@@ -62,6 +104,7 @@ class CachedNanEchoTrainer(CachedTrainer):
         cache: TrainingCache,
         *,
         callbacks: Iterable[Callback] = (),
+        keep_saved_learning_rate: bool = False,
         **session_options: Any,
     ) -> None:
         seed_everything(settings.seed)
@@ -75,6 +118,7 @@ class CachedNanEchoTrainer(CachedTrainer):
         self._eval_batches = evaluation_batches(
             corpus.val, config.block_size, settings.batch_size, settings.eval_batches
         )
+        schedule = Schedule(model, optimizer, settings, keep_saved_learning_rate=keep_saved_learning_rate)
         super().__init__(
             model,
             optimizer,
@@ -82,7 +126,7 @@ class CachedNanEchoTrainer(CachedTrainer):
             batches=sampler,
             evaluate=self._evaluate,
             cache=cache,
-            callbacks=(Schedule(model, settings), *callbacks),
+            callbacks=(schedule, *callbacks),
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             grad_clip=settings.grad_clip,
             max_iters=settings.max_iters,

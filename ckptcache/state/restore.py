@@ -102,6 +102,7 @@ def _restore_one(target: Any, saved: Any, key: str) -> None:
     elif isinstance(target, torch.optim.Optimizer):
         _load_optimizer(target, from_plain(saved))
     elif hasattr(target, "load_state_dict"):
+        _check_scheduler(target, saved, key)
         target.load_state_dict(from_plain(saved))
     elif isinstance(target, dict) and isinstance(saved, Mapping):
         _restore_mapping(target, saved, key)
@@ -109,6 +110,18 @@ def _restore_one(target: Any, saved: Any, key: str) -> None:
         _restore_sequence(target, saved, key)
     else:
         _fill(target, from_plain(saved), key)
+
+
+def _check_scheduler(target: Any, saved: Any, key: str) -> None:
+    """ValueError for the state of a scheduler of another kind: torch's own would take anything for attributes."""
+    if not isinstance(target, torch.optim.lr_scheduler.LRScheduler) or not isinstance(saved, Mapping):
+        return
+    own = target.state_dict()
+    if missing := own.keys() - saved.keys():
+        raise ValueError(f"{key} is a {type(target).__name__}, whose {sorted(missing)[0]} was not saved")
+    counts = len(own.get("base_lrs", ())), len(saved.get("base_lrs", ()))
+    if counts[0] != counts[1]:
+        raise ValueError(f"{key} was saved for {counts[1]} parameter groups, and its optimizer has {counts[0]}")
 
 
 def _is_filled(value: Any) -> bool:
@@ -121,17 +134,18 @@ def _is_filled(value: Any) -> bool:
 def check_fillable(targets: Mapping[str, Any]) -> None:
     """InvalidValue for a value that nothing can be restored into, since its owner would keep the old one."""
     for name, value in targets.items():
-        if value is not None and not _is_fillable(value):
+        if value is not None and not is_fillable(value):
             kind = type(value).__name__
             reason = (
                 f"a value of type {kind} can't be changed in place, and so never be restored: keep it in a dict, "
-                "or pass it to checkpoint(extra=...)"
+                "give its class load_state_dict, or pass it to checkpoint(extra=...)"
             )
             raise InvalidValue(name=name, value=value, reason=reason)
 
 
-def _is_fillable(value: Any) -> bool:
-    return all(_is_fillable(item) for item in value) and bool(value) if isinstance(value, tuple) else _is_filled(value)
+def is_fillable(value: Any) -> bool:
+    """Whether a restore can change `value` itself; a tuple, if it can all that is in it."""
+    return all(is_fillable(item) for item in value) and bool(value) if isinstance(value, tuple) else _is_filled(value)
 
 
 def _restore_mapping(target: dict[Any, Any], saved: Mapping[Any, Any], key: str) -> None:

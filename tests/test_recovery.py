@@ -1,0 +1,302 @@
+"""A training that diverges goes back to the best good checkpoint by itself, and stops when that doesn't help."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ckptcache.policy.divergence import DivergenceGuard
+from ckptcache.session import TrainingSession
+from ckptcache.trainer import CachedTrainer
+from tests.jobs import Job, cache_at, differences
+from tests.test_trainer import loss_of, made
+
+GUARD = DivergenceGuard()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return cache_at(tmp_path / "cache", max_checkpoints=50)
+
+
+class Spoilt:
+    """A loss that is NaN at some iterations, as often as is said; what is trained from it is NaN as well."""
+
+    def __init__(self, *iterations, times=1):
+        self.left = dict.fromkeys(iterations, times)
+
+    def __call__(self, session, loss):
+        if self.left.get(session.iteration, 0) > 0:
+            self.left[session.iteration] -= 1
+            return loss * math.nan
+        return loss
+
+
+def train(cache, iterations, spoil, *, every=2, job=None, guard=GUARD, **options):
+    """A loop of one's own: a checkpoint with a falling loss every few steps."""
+    job = job or Job()
+    with TrainingSession(cache, **job.objects(), divergence_guard=guard, **options) as session:
+        for step in session.steps(iterations):
+            loss = spoil(session, job.train_step(step))
+            if loss.isnan():
+                with torch.no_grad():
+                    job.model.out.weight.fill_(math.nan)
+            session.log(loss=loss)
+            if (step + 1) % every == 0:
+                session.checkpoint(val_loss=5.0 / (step + 1))
+    return session, job
+
+
+def branches(cache):
+    """Of each session: where it started and ended, why, and at which iteration of which session its parent lies."""
+    records = {r.id: r for r in cache.checkpoints(everything=True)}
+    number = {session.id: i for i, session in enumerate(cache.sessions())}
+    return [
+        (s.start_iteration, s.end_iteration, s.stop_reason, number[records[s.parent].session] if s.parent else None)
+        for s in cache.sessions()
+    ]
+
+
+def test_a_nan_is_left_behind_and_the_training_ends_where_it_was_to_end(cache):
+    session, job = train(cache, 12, Spoilt(7))
+    assert branches(cache) == [(0, 7, "diverged", None), (6, 12, "finished", 0)]
+    assert session.recoveries == 1
+    assert session.stop_reason == "finished"
+    assert job.model.out.weight.isfinite().all()
+    assert all(r.iteration <= 12 for r in cache.checkpoints())
+    state = cache.load("latest")["model"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_what_it_goes_back_to_is_exact_and_what_comes_then_is_other_batches(cache):
+    seen = {}
+
+    def look(divergence):
+        seen["state"] = {name: part.state_dict() for name, part in job.objects().items() if name != "loader"}
+        seen["state"] = torch.utils._pytree.tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, seen["state"]
+        )
+        seen["from"] = divergence.resumed_from
+
+    job = Job()
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD)
+    session.on("diverged", look)
+    spoil, first = Spoilt(5), {}
+    with session:
+        for step in session.steps(8):
+            loss = spoil(session, job.train_step(step))
+            first.setdefault(step, job.batches[step])
+            session.log(loss=loss)
+            if step == 3:
+                session.checkpoint(val_loss=1.0)
+    saved = cache.load(seen["from"].id)
+    assert seen["from"].iteration == 4
+    assert not list(differences(seen["state"], {name: saved[name] for name in seen["state"]}))
+    assert job.batches[4] != first[4], "the batch that was trained on at the same iteration is another"
+    assert cache.sessions()[1].reseeded
+
+
+def test_the_first_time_keeps_the_learning_rate_the_second_lowers_it_the_third_stops(cache):
+    told, rates = [], []
+    job = Job()
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD)
+    session.on("diverged", told.append)
+    with session:
+        for step in session.steps(50):
+            loss = job.train_step(step)
+            rates.append(job.scheduler.base_lrs[0])
+            session.log(loss=loss * math.nan if step == 4 else loss)
+            if step == 1:
+                session.checkpoint(val_loss=2.0)
+    assert [(d.iteration, d.learning_rate_factor, d.stops) for d in told] == [
+        (5, 1.0, False),
+        (5, 0.1, False),
+        (5, 1.0, True),
+    ]
+    assert rates == pytest.approx([0.01] * 5 + [0.01] * 3 + [0.001] * 3)
+    assert session.stop_reason == "diverged"
+    assert [s[:3] for s in branches(cache)] == [(0, 5, "diverged"), (2, 5, "diverged"), (2, 5, "diverged")]
+    assert [r.iteration for r in cache.checkpoints()] == [2], "what diverged is not saved"
+    assert "stops: the loss is nan at iteration 5" in str(told[-1])
+
+
+def test_beyond_the_trouble_the_count_begins_anew(cache):
+    session, _ = train(cache, 30, Spoilt(5, 11, 17, 23))
+    assert session.stop_reason == "finished"
+    assert session.recoveries == 4
+
+
+def test_before_the_first_checkpoint_it_goes_back_to_the_start(cache):
+    job = Job()
+    whole = {name: part.state_dict() for name, part in job.objects().items()}
+    start = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, whole)
+    seen = []
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD)
+
+    def look(divergence):
+        seen.append((divergence.resumed_from, list(differences(start["model"], job.model.state_dict()))))
+
+    session.on("diverged", look)
+    spoil = Spoilt(3)
+    with session:
+        for step in session.steps(6):
+            session.log(loss=spoil(session, job.train_step(step)))
+    assert seen == [(None, [])]
+    assert branches(cache) == [(0, 3, "diverged", None), (0, 6, "finished", None)]
+
+
+def test_a_spike_goes_back_to_before_it_began(cache):
+    job = Job()
+    spikes = []
+    with TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=1) as session:
+        for step in session.steps(40):
+            loss = job.train_step(step)
+            if step >= 30 and len(spikes) < GUARD.patience:
+                spikes.append(step)
+                loss = loss * 100
+            session.log(loss=loss)
+    assert spikes == [30, 31, 32, 33, 34]
+    starts = [s.start_iteration for s in cache.sessions()]
+    assert starts == [0, 30], "the checkpoints that were saved while it rose are passed over"
+
+
+def test_nothing_is_saved_between_the_first_sign_and_the_way_back(cache):
+    job = Job()
+    with TrainingSession(cache, **job.objects(), divergence_guard=GUARD) as session:
+        for step in session.steps(3):
+            session.log(loss=job.train_step(step) * (math.nan if step == 1 and session.recoveries == 0 else 1))
+            record = session.checkpoint()
+            assert (record is None) == (step == 1 and session.recoveries == 0)
+
+
+def test_without_a_guard_a_loop_of_ones_own_is_left_alone(cache):
+    session, _ = train(cache, 6, Spoilt(3), guard=None)
+    assert session.recoveries == 0
+    assert len(cache.sessions()) == 1
+
+
+def test_a_resumed_training_knows_what_is_usual_from_the_session_before(cache):
+    job = Job()
+    job.run(cache, 30)
+    other = Job()
+    with TrainingSession(cache, **other.objects(), divergence_guard=GUARD) as session:
+        for step in session.steps(60):
+            loss = other.train_step(step)
+            session.log(loss=loss * 50 if session.recoveries == 0 else loss)
+    assert session.recoveries == 1
+    assert [s.start_iteration for s in cache.sessions()] == [0, 30, 30]
+    assert cache.sessions()[1].end_iteration == 30 + GUARD.patience
+
+
+def test_the_leases_of_left_branches_are_given_back(cache):
+    session, _ = train(cache, 8, Spoilt(5))
+    assert session.is_closed
+    assert not list((cache.cache_dir / "sessions").glob("sess_*"))
+    assert cache.doctor() == []
+
+
+def test_plain_values_go_back_too(cache):
+    job, seen = Job(), []
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD, count=0)
+    session.on("diverged", lambda _: seen.append(session.values["count"]))
+    spoil = Spoilt(5)
+    with session:
+        for step in session.steps(6):
+            session.values["count"] += 1
+            session.log(loss=spoil(session, job.train_step(step)))
+            if step == 2:
+                session.checkpoint(val_loss=1.0)
+    assert seen == [3]
+
+
+# --- CachedTrainer -------------------------------------------------------------------------------
+
+
+def test_a_trainer_recovers_by_itself_and_draws_its_batches_from_where_it_went_back(tmp_path):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        value = loss_of(model, batch)
+        return value * math.nan if len(calls) == 13 else value
+
+    trainer = made(tmp_path, max_iters=20, loss=loss)
+    summary = trainer.train()
+    assert (summary["stop_reason"], summary["end_iteration"]) == ("finished", 20)
+    sessions = trainer.session.cache.sessions()
+    assert [(s.start_iteration, s.end_iteration, s.stop_reason) for s in sessions] == [
+        (0, 13, "diverged"),
+        (10, 20, "finished"),
+    ]
+    assert trainer.batches.position == 20
+    assert (trainer.starting_iteration, trainer.last_iteration) == (0, 20)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_an_evaluation_after_the_last_step_that_has_diverged_is_recovered_from_as_well(tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(1)
+        return math.nan if len(seen) == 4 else 1.0 / len(seen)
+
+    trainer = made(tmp_path, max_iters=12, evaluate=evaluate)
+    summary = trainer.train()
+    assert (summary["stop_reason"], summary["end_iteration"]) == ("finished", 12)
+    assert trainer.session.recoveries == 1
+
+
+def test_a_learning_rate_ten_times_too_high_is_lowered_and_the_branches_show_it(tmp_path):
+    """Least squares: gradient descent at 0.3 converges, and beyond 2 / curvature, which is 1, it must diverge."""
+    examples = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    examples = torch.linalg.qr(examples)[0] * 8.0  # curvature 2 in every direction
+    targets = examples @ torch.ones(4, 1)
+
+    def squares(model, batch):
+        return nn.functional.mse_loss(model(examples), targets)
+
+    def trainer_of(lr, **options):
+        model = nn.Linear(4, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        given = {"loss": squares, "batches": [0] * 7, "evaluate": lambda m: squares(m, 0), "eval_interval": 5}
+        return CachedTrainer(model, optimizer, cache=cache_at(tmp_path, max_checkpoints=50), **given, **options)
+
+    trainer_of(0.3, max_iters=10).train()
+    trainer, told = trainer_of(3.0, max_iters=60, overrides={"lr": 3.0}), []
+    trainer.session.on("diverged", told.append)
+    summary = trainer.train()
+    assert [d.learning_rate_factor for d in told] == [1.0, 0.1]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+    assert (summary["stop_reason"], summary["end_iteration"]) == ("finished", 60)
+    assert summary["last_val_loss"] < trainer.resumed_from.val_loss / 1e6
+    assert [s[0] for s in branches(trainer.session.cache)] == [0, 10, 10, 10]
+    assert [s[2:] for s in branches(trainer.session.cache)] == [
+        ("finished", None),
+        *[("diverged", 0)] * 2,
+        ("finished", 0),
+    ]
+
+
+def test_a_scaler_overflow_is_no_divergence(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        value = loss_of(model, batch)
+        return value * math.inf if len(calls) in (3, 9) else value
+
+    trainer = made(tmp_path, max_iters=20, loss=loss, scaler=scaler)
+    trainer.train()
+    assert trainer.session.recoveries == 0
+    assert trainer.session.iteration == 20
+
+
+def test_a_guarded_training_that_does_not_diverge_is_the_same_as_an_unguarded_one(tmp_path):
+    ended = []
+    for guard in (GUARD, None):
+        trainer = made(tmp_path / str(guard is None), divergence_guard=guard, max_iters=30)
+        trainer.train()
+        ended.append(trainer.model.state_dict())
+    assert not list(differences(*ended))
