@@ -122,8 +122,17 @@ def _passed_by(catalog: Catalog, eligible: list[CheckpointMetadata]) -> tuple[st
         return ()
     return (
         f"the best, {chosen.id} (iteration {chosen.iteration}), is older than the latest, {latest.id} "
-        f"(iteration {latest.iteration}): choose that one with resume=latest",
+        f"(iteration {latest.iteration}{_last_known(latest)}): choose that one with resume=latest",
     )
+
+
+def _last_known(record: CheckpointMetadata) -> str:
+    """What is known of a checkpoint that was saved between two evaluations, and ranks below all that were measured."""
+    if record.val_loss is not None:
+        return ""
+    if record.last_val_loss is None or record.last_val_loss_iteration is None:
+        return ", not evaluated"
+    return f", not evaluated; val_loss was {record.last_val_loss:.4g} at iteration {record.last_val_loss_iteration}"
 
 
 def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:

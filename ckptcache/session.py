@@ -1,5 +1,6 @@
 """TrainingSession: one process's stretch of training. It resumes, logs, saves, and leaves a record."""
 
+import atexit
 import logging
 import math
 import os
@@ -52,7 +53,7 @@ class TrainingSession:
     ``with TrainingSession(cache, model=model, optimizer=optimizer, ...) as session:`` resumes at
     entry, or says why not; ``for step in session.steps(max_iters):`` goes on from where it stopped;
     `log` and `checkpoint` are called in the loop. At the end the last state is saved, and
-    `training_summary.json` and the session's record in the index are written.
+    `training_summary.json` and the session's record in the index are written. `start` and `close` do without the block.
 
     Args:
         cache: where checkpoints are kept.
@@ -124,7 +125,7 @@ class TrainingSession:
         standard = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "loader": loader}
         for name, value in {**{k: v for k, v in standard.items() if v is not None}, **objects}.items():
             self._registry.add(name, value)
-        self._state = "new"
+        self._state, self._owner = "new", os.getpid()
         self._events = Events()
         self._stretch = self._new_stretch(resume)
         guard = divergence_guard
@@ -260,6 +261,27 @@ class TrainingSession:
 
     def _needed(self) -> dict[str, Any]:
         return {name: self.configs[name] for name in ("model_config", "data_config")}
+
+    def start(self) -> Self:
+        """Enter without a ``with`` block, for a script whose loop is not to be indented; `close` ends it.
+
+        A script that ends without `close`, by an error say, ends the session as one: without a last checkpoint.
+        """
+        self.__enter__()
+        atexit.register(self._abandon)
+        return self
+
+    def close(self) -> None:
+        """End the session that `start` began, with a last save; does nothing where it has ended.
+
+        Raises what the end of a ``with`` block raises: SaveFailed, KeyboardInterrupt or SystemExit.
+        """
+        atexit.unregister(self._abandon)
+        self.__exit__(None, None, None)
+
+    def _abandon(self) -> None:
+        if self._state == "open" and os.getpid() == self._owner:
+            self.__exit__(SystemExit, SystemExit("the program ended without close()"), None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

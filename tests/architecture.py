@@ -47,7 +47,7 @@ TOP_LEVEL = frozenset(
     "constraints.txt .gitignore".split()
 )
 DOCS = frozenset(
-    "design.md cli.md errors.md formats.md names.md benchmarks.md github-actions.md "
+    "design.md cli.md errors.md resuming.md slurm.md examples.md formats.md names.md benchmarks.md github-actions.md "
     "benchmarks.png comprehensive_demo.png".split()
 )
 

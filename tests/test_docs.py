@@ -1,10 +1,15 @@
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.faults import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -98,3 +103,73 @@ def test_the_command_line_is_listed_with_every_command():
     assert re.findall(r"^## (.*)$", page, re.M) == ["ckptcache", "ckptcache names", "ckptcache names set"]
     assert "Set one." in page
     assert "secret" not in page
+
+
+# --- the batch script ----------------------------------------------------------------------------
+
+TRAINING = """
+import sys, time, torch
+from torch import nn
+from ckptcache import TrainingCache, TrainingSession
+
+model = nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with TrainingSession(TrainingCache("runs/cache"), model=model, optimizer=optimizer, resume="auto") as session:
+    for step in session.steps(int(sys.argv[1]) if sys.argv[1:] else 40):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        time.sleep(0.1)
+        with open("step", "w") as file:
+            file.write(str(step))
+"""
+
+
+def bash_block(page: str) -> str:
+    return re.search(r"```bash\n(.*?)```", page, re.S)[1]
+
+
+def submit(folder: Path, seconds: str) -> subprocess.Popen[str]:
+    """Run the script of the page as a scheduler would; `srun` runs a command, `scontrol` keeps what it is told."""
+    script = bash_block((ROOT / "docs" / "slurm.md").read_text(encoding="utf-8"))
+    (folder / "job.sh").write_text(script.replace("=14000", f"={seconds}"))
+    (folder / "train.py").write_text(TRAINING)
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, text in {
+        "srun": 'echo $$ > srun.pid; exec "$@"',
+        "scontrol": 'echo "$@" >> scontrol.log',
+        "python3": f'exec {sys.executable} "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    return subprocess.Popen(
+        ["bash", "job.sh"], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def summary_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs/cache/training_summary.json").read_text())
+
+
+def test_the_batch_script_requeues_what_ran_out_of_time_and_was_signalled_and_ends_once_it_is_done(tmp_path):
+    job = submit(tmp_path, "2")
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    first = summary_in(tmp_path)
+    assert first["stop_reason"] == "max_seconds", output
+    assert 0 < first["end_iteration"] < 40
+
+    job = submit(tmp_path, "600")
+    wait_until(lambda: int((tmp_path / "step").read_text() or 0) > first["end_iteration"])
+    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
+    output, _ = job.communicate(timeout=120)
+    second = summary_in(tmp_path)
+    assert second["stop_reason"] == "signal", output
+    assert second["start_iteration"] == first["end_iteration"]
+
+    job = submit(tmp_path, "600")
+    output, _ = job.communicate(timeout=120)
+    assert (job.returncode, summary_in(tmp_path)["stop_reason"]) == (0, "finished"), output
+    assert summary_in(tmp_path)["start_iteration"] == second["end_iteration"]
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 17\n" * 2
