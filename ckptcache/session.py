@@ -22,7 +22,7 @@ from ckptcache.errors import (
     InvalidValue,
     SessionClosed,
 )
-from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord, new_session_id, utc_now
+from ckptcache.metadata import POLICIES, CheckpointMetadata, SessionRecord, new_session_id, utc_now
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, announce, avoid_repeating, be_heard, reseed_object, start
 from ckptcache.state.capture import capture
@@ -178,7 +178,7 @@ class TrainingSession:
         be_heard()
         capture(self._objects)  # what can't be saved is refused now, and not after hours
         check_fillable(self._objects)
-        if self.resume not in RESERVED_NAMES:
+        if self.resume not in POLICIES:
             self.cache.choose(self.cache.needed(self._objects, **self._needed()), self.resume)
         self.cache.ledger.hold(self.id)
         try:
