@@ -246,7 +246,8 @@ class Catalog:
             detail = self.observed.missing | self.observed.damaged
             reason = f"{status}: {record.decision_reason or detail.get(record.id, '')}"
         elif self.left_behind(record):
-            reason = f"rolled back to {record.rolled_back}; {reason}"
+            fits = verdict.kind == "exact"
+            reason = f"rolled back to {record.rolled_back}" + ("" if fits else f"; {reason}")
         elif score.status != "known":
             reason = f"{score.reason}; {reason}"
         eligible = self._eligible(record, verdict)

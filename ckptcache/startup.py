@@ -137,7 +137,7 @@ def continued_by(catalog: Catalog, record: CheckpointMetadata, *, before: Sessio
 
 def _reseed(objects: Mapping[str, Any], seed: int, why: str) -> list[str]:
     seed_everything(seed)
-    exact = "an id" if why == _FOR_ANOTHER_BRANCH else "latest or an id"
+    exact = "ID" if why == _FOR_ANOTHER_BRANCH else "latest or an id"
     lines = [f"reseeded, so that other batches come: {why} (resume={exact} repeats exactly)"]
     for name, value in objects.items():
         if not reseed_object(name, value, seed) and name == "loader":

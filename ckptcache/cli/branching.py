@@ -7,13 +7,59 @@ import click
 
 from ckptcache import words
 from ckptcache.cli import output
-from ckptcache.cli.options import CheckpointType, common, open_cache
+from ckptcache.cli.options import CheckpointType, common, open_cache, options
 
 if TYPE_CHECKING:
+    from ckptcache.cli.lineage import Lineage
     from ckptcache.rollback import Rollback
 
 _LISTED = 10
 """How many ids a person is shown."""
+
+
+@click.command(short_help="Show how sessions and checkpoints came of each other.")
+@click.argument("wanted", metavar="[ID]", type=CheckpointType(), required=False)
+@click.option("--all", "everything", is_flag=True, help="Evicted checkpoints that play no part one by one, too.")
+@click.option("--mermaid", is_flag=True, help="Print a mermaid flowchart, as GitHub draws it.")
+@common
+def lineage(wanted: str | None, everything: bool, mermaid: bool) -> None:
+    """Show the tree that sessions and checkpoints form: which resumed from which, and what became of them.
+
+    A session that goes on with the line stands below the one before it; what branched off is indented, below the
+    checkpoint that it resumed from. With the ID of a checkpoint or a session only what that came from and what came of
+    it. Evicted checkpoints that nothing resumed from, and that have no name, are counted only.
+
+    With --json, "nodes" holds sessions and checkpoints, told apart by "kind", and "edges" pairs "from" and "to" with a
+    "kind": "resumed" leads from a checkpoint to a session, "saved" from a session to a checkpoint, "parent" from a
+    checkpoint to the next one. "best", "latest" and "rollback" are ids of checkpoints, or null.
+
+    \b
+    Example:
+      ckptcache lineage
+      ckptcache lineage best --mermaid
+    """
+    from ckptcache.cli import lineage as lineages
+    from ckptcache.cli import sessionlist
+
+    if mermaid and options().as_json:
+        raise click.UsageError("--mermaid and --json exclude each other.")
+    cache = open_cache()
+    catalog = cache.ledger.view()
+    states = sessionlist.states(list(catalog.index.sessions.values()), cache.ledger.layout)
+    found = lineages.lineage(catalog, states, wanted, everything=everything)
+    if mermaid:
+        output.write("".join(f"{line}\n" for line in lineages.drawing(found).splitlines()))
+    else:
+        output.finish(lineages.to_json(found), lambda: _tree(found))
+
+
+def _tree(found: "Lineage") -> Iterator[str]:
+    from ckptcache.cli import lineagetree
+
+    if found.chosen or found.sessions:
+        yield from lineagetree.lines(found)
+    elif output.is_terminal():
+        yield f"There is nothing in {output.clean(found.catalog.root)} yet."
 
 
 @click.command(short_help="Let the next session go on from a checkpoint, on a new branch.")

@@ -22,13 +22,13 @@ class Lineage:
     """Of each checkpoint those parents whose records are there."""
     children: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def ancestors(self, id: str) -> set[str]:
-        """All that a checkpoint came from, itself left out."""
-        return _reach(id, self.parents)
+    def ancestors(self, *ids: str) -> set[str]:
+        """All that some checkpoints came from, themselves left out."""
+        return _reach(ids, self.parents)
 
-    def descendants(self, id: str) -> set[str]:
-        """All that came from a checkpoint, itself left out."""
-        return _reach(id, self.children)
+    def descendants(self, *ids: str) -> set[str]:
+        """All that came from some checkpoints, themselves left out."""
+        return _reach(ids, self.children)
 
 
 def lineage(checkpoints: Mapping[str, CheckpointMetadata], sessions: Mapping[str, SessionRecord]) -> Lineage:
@@ -64,14 +64,14 @@ def _turned_round(parents: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str
     return {id: tuple(below) for id, below in children.items()}
 
 
-def _reach(start: str, steps: Mapping[str, tuple[str, ...]]) -> set[str]:
-    """What is reached from `start` by any number of steps; an index from elsewhere may hold circles."""
-    found, waiting = {start}, [start]
+def _reach(starts: Collection[str], steps: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """What is reached from `starts` by any number of steps; an index from elsewhere may hold circles."""
+    found, waiting = set(starts), list(starts)
     while waiting:
         fresh = [id for id in steps.get(waiting.pop(), ()) if id not in found]
         found.update(fresh)
         waiting += fresh
-    return found - {start}
+    return found.difference(starts)
 
 
 # --- marks ---------------------------------------------------------------------------------------
