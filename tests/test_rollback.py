@@ -384,3 +384,23 @@ def test_sessions_saved_outside_do_not_end_it(trained):
     assert trained.names() == {"rollback": target.id}
     save(trained, 1.0, parents=[target.id])
     assert trained.names() == {}
+
+
+def test_what_was_left_behind_is_not_missed_when_its_file_is_gone(trained, caplog):
+    last = at(trained, 8)
+    trained.rollback(at(trained, 4).id)
+    train(trained, 5)
+    file_of(trained, last).unlink()
+    for resume in ("best", "latest"):
+        with TrainingSession(trained, **Job().objects(), resume=resume) as session:
+            session.discard()
+        assert not any("would have come first" in line for line in session.messages)
+
+
+def test_the_latest_is_not_what_was_left_behind(trained):
+    trained.rollback(at(trained, 4).id)
+    assert trained.get("latest").id == at(trained, 4).id
+    assert trained.ledger.view().index.names["rollback"].revision == 0
+    trained.rollback(at(trained, 6).id)
+    assert trained.get("latest").id == at(trained, 6).id
+    assert trained.ledger.view().index.names["rollback"].revision == 1  # so that it wins a merge with the one before

@@ -110,6 +110,16 @@ def test_a_parent_that_is_gone_is_said_so(cli, cache):
     assert "sess_x  iterations 0 to 0, finished, from ckpt_gone, whose record is gone" in cli("lineage").stdout
 
 
+def test_what_a_record_holds_is_shown_and_not_sent(cli, cache):
+    with TrainingCache(cache.folder) as held:
+        session(held, "sess_x", stop_reason="\x1b[31m[bold]red[/]\x07\n+-- forged")
+    text = cli("lineage").stdout
+    assert r"\x1b[31m[bold]red[/]\x07\x0a+-- forged, fresh start" in text
+    shown = terminal(200, "--cache-dir", cache.folder, "lineage", NO_COLOR="1")[1]
+    assert r"\x1b[31m[bold]red[/]\x07\x0a+-- forged, fresh start" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+
+
 def test_a_warm_start_is_said_so(cli, cache, monkeypatch):
     from ckptcache.cli import lineage
 
