@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptcache import checkup, resume, transfer
+from ckptcache import rollback as rolling_back
 from ckptcache.catalog import Catalog, Explanation
 from ckptcache.config import CacheConfig
 from ckptcache.errors import (
@@ -19,7 +20,7 @@ from ckptcache.errors import (
     InvalidName,
 )
 from ckptcache.ledger import Change, Ledger
-from ckptcache.metadata import CheckpointMetadata, NamePointer, SessionRecord, check_id, check_name
+from ckptcache.metadata import ROLLBACK, CheckpointMetadata, NamePointer, SessionRecord, check_id, check_name
 from ckptcache.policy.compatibility import Description
 from ckptcache.policy.retention import Plan
 from ckptcache.storage.datacache import DataCache
@@ -443,8 +444,10 @@ class TrainingCache:
     def unname(self, name: str) -> str:
         """Remove a name; returns the id that it pointed to, which is no longer protected by it.
 
-        Raises CheckpointNotFound where there is no such name.
+        Raises CheckpointNotFound where there is no such name, and InvalidName for that of a rollback.
         """
+        if name == ROLLBACK:
+            raise InvalidName(name=name, reason="`ckptcache rollback --undo` takes a rollback back")
         if name not in self.names():
             raise CheckpointNotFound(id=name, path=self.cache_dir)
         with self._change() as change:
@@ -459,6 +462,33 @@ class TrainingCache:
             record = resume.find(change.catalog(), wanted)
             change.put(record.changed(**fields(record)))
             return change.catalog().scored(change.index.checkpoints[record.id])
+
+    def rollback(self, wanted: str, *, dry_run: bool = False) -> rolling_back.Rollback:
+        """Let the next session go on from a checkpoint, weights and history, on a new branch.
+
+        All that descends from the checkpoint stays and is marked: it can be named, exported, and resumed from by its
+        id, and is never chosen by "best", "latest" or "auto". These choose the checkpoint itself until something that
+        descends from it is saved. A rollback that nothing has followed yet is replaced by another.
+
+        Args:
+            wanted: an id, a unique prefix of one, or a name; one that is itself marked is unmarked, with all that it
+                descends from.
+            dry_run: change nothing.
+
+        Raises:
+            CheckpointNotFound, AmbiguousId: `wanted` names none, or several.
+            CheckpointMissing: its file isn't there.
+        """
+        self._finish_own()
+        return rolling_back.roll_back(self.ledger, wanted, dry_run=dry_run)
+
+    def undo_rollback(self, *, dry_run: bool = False) -> rolling_back.Rollback:
+        """Take back the rollback that is in force: all marks are again as they were before it.
+
+        Raises NoRollback where none is in force, or something was saved after it.
+        """
+        self._finish_own()
+        return rolling_back.undo(self.ledger, dry_run=dry_run)
 
     def record_session(self, session: SessionRecord, configs: Mapping[str, Any] | None = None) -> SessionRecord:
         """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckptcache.config import CacheConfig
-from ckptcache.metadata import CheckpointMetadata, Fingerprint, SessionRecord
+from ckptcache.metadata import ROLLBACK, CheckpointMetadata, Fingerprint, SessionRecord
 from ckptcache.policy import quality, retention
 from ckptcache.policy.compatibility import Description, Group, Verdict, group_of, judge
 from ckptcache.policy.quality import Scale, Score
@@ -51,6 +51,7 @@ class Explanation:
             "verdict": self.verdict.kind,
             "comparable": self.verdict.comparable,
             "differences": [dataclasses.asdict(d) for d in self.verdict.differences],
+            "rolled_back": self.record.rolled_back,
             "eligible": self.eligible,
             "chosen": self.chosen,
             "reason": self.reason,
@@ -132,6 +133,16 @@ class Catalog:
             return "available"
         return "damaged" if record.id in self.observed.damaged else "missing"
 
+    @cached_property
+    def rolled_back_to(self) -> str | None:
+        """The checkpoint that the next session is to go on from, by a rollback that is in force."""
+        pointer = self.index.names.get(ROLLBACK)
+        return None if pointer is None or pointer.checkpoint not in self.index.checkpoints else pointer.checkpoint
+
+    def left_behind(self, record: CheckpointMetadata) -> bool:
+        """Whether a checkpoint was rolled back, so that it is resumed from only where it is named."""
+        return record.rolled_back is not None and record.id != self.rolled_back_to
+
     # --- listings --------------------------------------------------------------------------------
 
     def ranked(self, *, everything: bool = False) -> list[CheckpointMetadata]:
@@ -143,8 +154,9 @@ class Catalog:
         return ranked
 
     def latest(self) -> CheckpointMetadata | None:
-        """The latest checkpoint whose file is there."""
-        return max((self.index.checkpoints[id] for id in self.observed.available), key=_order, default=None)
+        """The latest checkpoint whose file is there, and that wasn't rolled back."""
+        available = (self.index.checkpoints[id] for id in self.observed.available)
+        return max((r for r in available if not self.left_behind(r)), key=_order, default=None)
 
     def best_of(self, group: Group, *, without: str | None = None) -> CheckpointMetadata | None:
         """The best available checkpoint of a group."""
@@ -181,11 +193,12 @@ class Catalog:
         The newest session's own checkpoints tell most; a session without any is known by its configuration, or by
         the checkpoint that it resumed from. Without a session, the newest checkpoint tells.
         """
-        for session in sorted(self.index.sessions.values(), key=_order, reverse=True)[:1]:
+        sessions = (s for s in self.index.sessions.values() if s.rolled_back is None)
+        for session in sorted(sessions, key=_order, reverse=True)[:1]:
             described = self._trained_by(session)
             if described is not None:
                 return described, session
-        newest = max(self.index.checkpoints.values(), key=_order, default=None)
+        newest = max(self.index.checkpoints.values(), key=lambda r: (not self.left_behind(r), r.order), default=None)
         return (Description(), None) if newest is None else (self.description(newest), newest)
 
     def _trained_by(self, session: SessionRecord) -> Description | None:
@@ -211,7 +224,9 @@ class Catalog:
         return None if first is None else self.scored(first)
 
     def _eligible(self, record: CheckpointMetadata, verdict: Verdict) -> bool:
-        is_sound = self.scores[record.id].status != "diverged"
+        # Who rolls back to a checkpoint wants that one, as who names it does.
+        is_sound = record.id == self.rolled_back_to or self.scores[record.id].status != "diverged"
+        is_sound = is_sound and not self.left_behind(record)
         return is_sound and verdict.kind == "exact" and self.status(record) == "available"
 
     def _resume_order(
@@ -222,7 +237,7 @@ class Catalog:
         by_group = sorted(
             by_rank, key=lambda r: (verdicts[r.id].comparable, self.last_used[self.group(r)]), reverse=True
         )
-        return sorted(by_group, key=lambda r: not self._eligible(r, verdicts[r.id]))
+        return sorted(by_group, key=lambda r: (not self._eligible(r, verdicts[r.id]), r.id != self.rolled_back_to))
 
     def _explanation(self, record: CheckpointMetadata, verdict: Verdict, is_chosen: bool) -> Explanation:
         status, score = self.status(record), self.scores[record.id]
@@ -230,9 +245,15 @@ class Catalog:
         if status != "available":
             detail = self.observed.missing | self.observed.damaged
             reason = f"{status}: {record.decision_reason or detail.get(record.id, '')}"
+        elif self.left_behind(record):
+            fits = verdict.kind == "exact"
+            reason = f"rolled back to {record.rolled_back}" + ("" if fits else f"; {reason}")
         elif score.status != "known":
             reason = f"{score.reason}; {reason}"
-        return Explanation(record, status, score, verdict, self._eligible(record, verdict), is_chosen, reason)
+        eligible = self._eligible(record, verdict)
+        if eligible and record.id == self.rolled_back_to:
+            reason = f"rolled back to, as asked by `ckptcache rollback`; {reason}"
+        return Explanation(record, status, score, verdict, eligible, is_chosen, reason)
 
     # --- what stays ------------------------------------------------------------------------------
 

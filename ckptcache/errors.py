@@ -165,6 +165,13 @@ class Incompatible(CkptCacheError):
     exit_code = 3
 
 
+class NoRollback(CkptCacheError):
+    """No rollback is in force in {path}: there was none, or training has gone on from it already. To change to another
+    branch, give `ckptcache rollback` the checkpoint to go on from; one that was left behind will do."""
+
+    exit_code = 3
+
+
 class NotSavable(CkptCacheError):
     """The state at {key!r} is {kind}, which could be saved but never be read back: {remedy}."""
 

@@ -58,6 +58,9 @@ class Change:
     def put_session(self, session: SessionRecord) -> None:
         """Add or replace a session's record."""
         known = self.index.sessions.get(session.id)
+        if known is not None and known.rolled_back != session.rolled_back:
+            # A session that runs doesn't know that it was rolled back; what the index says of it counts.
+            session = dataclasses.replace(session, rolled_back=known.rolled_back)
         if known is None or session.revision >= known.revision:
             self.index.sessions[session.id] = session
             self.is_dirty = True

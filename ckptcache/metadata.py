@@ -31,7 +31,12 @@ R = TypeVar("R")
 
 _ID = re.compile(r"\A[a-z0-9][a-z0-9._-]{0,127}\Z")
 _NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-RESERVED_NAMES = frozenset({"best", "latest", "auto", "never"})
+POLICIES = frozenset({"best", "latest", "auto", "never"})
+"""What `resume` may be beside an id or a name."""
+ROLLBACK = "rollback"
+"""The name that points to the checkpoint that was rolled back to, while that is in force."""
+RESERVED_NAMES = POLICIES | {ROLLBACK}
+"""No user's to give."""
 
 
 # --- ids and names --------------------------------------------------------------------------
@@ -122,6 +127,8 @@ class CheckpointMetadata:
     decision: str | None = None
     """"evicted" or "quarantined"; None while nothing was decided against it."""
     decision_reason: str | None = None
+    rolled_back: str | None = None
+    """The checkpoint that was rolled back to, past this one; None where this one was not left behind so."""
     size: int | None = None
     """Bytes of the file."""
     digest: str | None = None
@@ -181,6 +188,8 @@ class SessionRecord:
     seconds: float = 0.0
     stop_reason: str | None = None
     """finished | max_seconds | signal | diverged | nothing_to_do | error; None while it runs or was cut short."""
+    rolled_back: str | None = None
+    """The checkpoint that was rolled back to, past what this session did; what it saves from then on is marked too."""
     curves: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     """Per quantity, at most `MAX_CURVE_POINTS` pairs of iteration and value."""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -216,16 +225,23 @@ class NamePointer:
 
     checkpoint: str
     revision: int = 0
+    before: Mapping[str, str | None] = field(default_factory=dict)
+    """Of the pointer `rollback`: the `rolled_back` that each record which it changed had before, for undoing it."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"checkpoint": self.checkpoint, "revision": self.revision}
+        plain = {"checkpoint": self.checkpoint, "revision": self.revision}
+        return {**plain, "before": dict(self.before)} if self.before else plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError when `data` is not a pointer."""
         if not isinstance(data, Mapping) or not is_valid_id(data.get("checkpoint")):
             raise ValueError(f"{data!r} is not a pointer to a checkpoint")
-        return cls(checkpoint=data["checkpoint"], revision=_count(data.get("revision", 0), "revision"))
+        before = data.get("before", {})
+        if not isinstance(before, dict) or not all(v is None or is_valid_id(v) for v in before.values()):
+            raise ValueError("a pointer's before must map ids to ids or null")
+        revision = _count(data.get("revision", 0), "revision")
+        return cls(checkpoint=data["checkpoint"], revision=revision, before=before)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,7 +356,7 @@ def _points(points: Any, label: str) -> tuple[tuple[int, float], ...]:
 
 
 _CHECKPOINT_READERS: dict[str, Any] = {
-    **dict.fromkeys(("id", "session"), _id_text),
+    **dict.fromkeys(("id", "session", "rolled_back"), _id_text),
     **dict.fromkeys(("created_at", "save_reason", "model_config", "training_config"), _text),
     **dict.fromkeys(("data_config", "fingerprint", "notes", "decision", "decision_reason", "digest"), _text),
     **dict.fromkeys(("sequence", "revision", "iteration", "last_val_loss_iteration", "size"), _count),
@@ -353,7 +369,7 @@ _CHECKPOINT_READERS: dict[str, Any] = {
     "pinned": _flag,
 }
 _SESSION_READERS: dict[str, Any] = {
-    **dict.fromkeys(("id", "parent", "best_checkpoint"), _id_text),
+    **dict.fromkeys(("id", "parent", "best_checkpoint", "rolled_back"), _id_text),
     **dict.fromkeys(("resume", "config", "started_at", "ended_at", "stop_reason"), _text),
     **dict.fromkeys(("sequence", "revision", "start_iteration", "end_iteration"), _count),
     **dict.fromkeys(("saved", "evicted", "failed_saves"), _count),

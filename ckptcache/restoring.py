@@ -29,6 +29,8 @@ class Restored:
     """The parts that no object took, such as plain values."""
     notes: tuple[str, ...] = ()
     """What was passed over on the way, and why; one sentence each."""
+    by_rollback: bool = False
+    """Whether it is the one that was rolled back to, and was chosen for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ def restore_first(
                 warned.append(f"{record.id} is passed over: {error}")
                 log.warning("%s", warned[-1])
             else:
-                told = _told(unsaid, warned)
-                return dataclasses.replace(restored, notes=told.notes), told
+                told, by_rollback = _told(unsaid, warned), record.id == choice.rolled_back_to
+                return dataclasses.replace(restored, notes=told.notes, by_rollback=by_rollback), told
         choice = choose()
     return None, _told(unsaid, warned)
 
@@ -86,6 +88,8 @@ def _lament(ledger: Ledger, choice: Choice) -> list[str]:
     if choice.missing:
         more = f", as are those of {len(choice.missing) - 1} more" if choice.missing[1:] else ""
         said.append(f"{choice.missing[0]} would have come first, but its file is gone{more}")
+    if choice.warning:
+        said.append(choice.warning)
     for sentence in said:
         log.warning("%s", sentence)
     return said

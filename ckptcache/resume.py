@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from ckptcache.catalog import Catalog, Explanation
 from ckptcache.errors import AmbiguousId, CheckpointMissing, CheckpointNotFound, Incompatible
-from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord
+from ckptcache.metadata import POLICIES, CheckpointMetadata, SessionRecord
 from ckptcache.policy.compatibility import Description
 
 UNFINISHED = (None, "signal", "error", "max_seconds")
@@ -27,6 +27,10 @@ class Choice:
     """Those that fit and can be seen to be damaged without reading them, with the reason."""
     missing: tuple[str, ...] = ()
     """Those that would have come before `records`, and whose files are gone."""
+    rolled_back_to: str | None = None
+    """The checkpoint that comes first because it was rolled back to."""
+    warning: str = ""
+    """What a user must hear of the choice."""
 
     def restricted(self, only: Callable[[CheckpointMetadata], bool] | None) -> Self:
         """The same choice among those of which `only` says yes; None: among all."""
@@ -37,6 +41,8 @@ def choose(
     catalog: Catalog, needed: Description, resume: str, *, live: Collection[str], elsewhere: Collection[str] = ()
 ) -> Choice:
     """The checkpoints to try under the policy `resume`: best, latest, auto, never, or an id or name.
+
+    While a rollback is in force, the checkpoint that was rolled back to comes first under best, latest and auto.
 
     Args:
         live: sessions that run, which "auto" leaves alone.
@@ -49,9 +55,36 @@ def choose(
     """
     if resume == "never":
         return Choice([])
-    if resume not in RESERVED_NAMES:
+    if resume not in POLICIES:
         return _named(catalog, needed, resume)
     explanations = catalog.explain(needed)
+    choice = _by_policy(catalog, explanations, resume, live, elsewhere)
+    id = catalog.rolled_back_to
+    return choice if id is None else _rolled_back(choice, id, {e.record.id: e for e in explanations}.get(id))
+
+
+def _rolled_back(choice: Choice, id: str, wanted: Explanation | None) -> Choice:
+    """`choice` with what was rolled back to before all others; loudly, where it can't be."""
+    if wanted is not None and wanted.eligible:
+        note = f"rolled back to {id}, as asked by `ckptcache rollback`"
+        others = [r for r in choice.records if r.id != id]
+        return Choice([wanted.record, *others], notes=(note,), rolled_back_to=id)
+    reason = "it was evicted" if wanted is None else wanted.reason
+    warning = (
+        f"{id} was rolled back to, and can't be resumed from ({reason}); the next that fits is tried, and the "
+        f"rollback stays in force (`ckptcache rollback --undo` takes it back)"
+    )
+    missing = tuple(other for other in choice.missing if other != id)
+    return dataclasses.replace(choice, missing=missing, warning=warning)
+
+
+def _by_policy(
+    catalog: Catalog,
+    explanations: list[Explanation],
+    resume: str,
+    live: Collection[str],
+    elsewhere: Collection[str],
+) -> Choice:
     eligible = [e.record for e in explanations if e.eligible]
     by_age = sorted(eligible, key=lambda r: r.order, reverse=True)
     if resume == "latest":
@@ -78,7 +111,8 @@ def _lost(
     explanations: list[Explanation], tried: list[CheckpointMetadata], worth: Callable[[Explanation], Any]
 ) -> dict[str, Any]:
     """What would have been tried, had its file been whole; `worth` is what the policy goes by."""
-    fitting = [e for e in explanations if e.verdict.kind == "exact" and e.score.status != "diverged"]
+    sound = (e for e in explanations if e.score.status != "diverged" and e.record.rolled_back is None)
+    fitting = [e for e in sound if e.verdict.kind == "exact"]
     first = next((e for e in fitting if tried and e.record.id == tried[0].id), None)
     better = [e for e in fitting if first is None or (e.verdict.comparable and worth(e) > worth(first))]
     return {
@@ -92,11 +126,7 @@ def _quality(explanation: Explanation) -> float:
 
 
 def _named(catalog: Catalog, needed: Description, wanted: str) -> Choice:
-    record = find(catalog, wanted)
-    if catalog.status(record) != "available":
-        observed = catalog.observed.missing | catalog.observed.damaged
-        reason = record.decision_reason or observed.get(record.id, catalog.status(record))
-        raise CheckpointMissing(id=record.id, reason=reason, path=catalog.root / "checkpoints")
+    record = find_available(catalog, wanted)
     verdict = catalog.judge(record, needed)
     if verdict.kind != "exact":
         raise Incompatible(id=record.id, reason=verdict.reason)
@@ -157,6 +187,16 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     if not matches:
         raise CheckpointNotFound(id=wanted, path=catalog.root)
     return records[matches[0]]
+
+
+def find_available(catalog: Catalog, wanted: str) -> CheckpointMetadata:
+    """The record that `wanted` stands for, as `find` has it; CheckpointMissing where its file isn't there."""
+    record = find(catalog, wanted)
+    if catalog.status(record) != "available":
+        observed = catalog.observed.missing | catalog.observed.damaged
+        reason = record.decision_reason or observed.get(record.id, catalog.status(record))
+        raise CheckpointMissing(id=record.id, reason=reason, path=catalog.root / "checkpoints")
+    return record
 
 
 def why_not(explanations: list[Explanation], limit: int = 10) -> list[str]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ckptcache import rollback
 from ckptcache.background import InFlight
 from ckptcache.catalog import Catalog
 from ckptcache.drafting import Draft, bytes_needed, embedded, with_new_id
@@ -162,6 +163,7 @@ class Saver:
             raise OSError(f"another checkpoint has the id {draft.record.id}; save again")
         before = change.index.copy()
         record = dataclasses.replace(draft.record, sequence=change.index.sequence + 1)
+        record = rollback.placed(change.index, record)
         change.put(record, draft.piece)
         change.observed.available[record.id] = record.size or 0
         if draft.session is not None:

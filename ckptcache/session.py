@@ -19,7 +19,7 @@ from ckptcache.checkpointing import SURVIVABLE
 from ckptcache.deadline import Deadline
 from ckptcache.errors import CkptCacheError, InvalidValue, SessionClosed
 from ckptcache.events import Events, Handler
-from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord
+from ckptcache.metadata import POLICIES, CheckpointMetadata, SessionRecord
 from ckptcache.overrides import (
     apply_overrides,
     check_overrides,
@@ -232,7 +232,7 @@ class TrainingSession:
         be_heard()
         self._registry.check()
         check_overrides(self.overrides, self._registry.objects)
-        if self.resume not in RESERVED_NAMES:
+        if self.resume not in POLICIES:
             self.cache.choose(self.cache.needed(self._registry.objects, **self._needed()), self.resume)
         self._stretch.hold()
         try:

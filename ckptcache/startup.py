@@ -20,6 +20,7 @@ from ckptcache.state.rng import derived_seed, reseed_generator, seed_everything
 log = logging.getLogger("ckptcache")
 _REASONS = 3
 """How many reasons for passing over checkpoints are told beside the one that was resumed from."""
+_FOR_ANOTHER_BRANCH = "a rollback asks for another branch"
 _REJECTED = 10
 """How many checkpoints that don't fit are told of one by one, when none does."""
 
@@ -40,6 +41,8 @@ class Startup:
     """Whether it was chosen for being the best, so that others may be given the same one."""
     report: RestoreReport = field(default_factory=RestoreReport)
     """Which parts were restored, which objects stayed fresh, which parts no object took."""
+    by_rollback: bool = False
+    """Whether it was chosen because it was rolled back to, for another branch."""
 
     @property
     def iteration(self) -> int:
@@ -101,13 +104,21 @@ def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str,
     if restored is None:
         return Startup(messages=(found, *cache.last_notes, *_why_fresh(explanations, resume)))
     record = restored.record
-    lines = [found, _resumed(record, explanations, resume), *restored.notes, *_passed_over(explanations)]
+    policy = "rollback" if restored.by_rollback else resume
+    lines = [found, _resumed(record, explanations, policy), *restored.notes, *_passed_over(explanations)]
     is_comparable = catalog.judge(record, description).comparable
     if not is_comparable and record.val_loss is not None:
         lines.append("the validation data differ from those of the checkpoint: the first evaluation sets the baseline")
     report = restored.report
-    lines += _what_became_of(report)
-    return Startup(record, False, is_comparable, tuple(lines), restored.state, resume == "best", report)
+    return Startup(
+        record,
+        is_comparable=is_comparable,
+        messages=(*lines, *_what_became_of(report)),
+        state=restored.state,
+        chose_best=policy == "best",
+        report=report,
+        by_rollback=restored.by_rollback,
+    )
 
 
 def _what_became_of(report: RestoreReport) -> list[str]:
@@ -128,10 +139,12 @@ def avoid_repeating(
 
     Otherwise every run that resumes the same best would train on the same stretch for ever. The
     session is to be in the index already, so that of two that start at once one sees the other.
+    A rollback asks for another branch, and so for other batches, whatever the policy.
     """
-    if not startup.chose_best or startup.record is None:
+    if startup.record is None or not (startup.chose_best or startup.by_rollback):
         return startup
-    why = continued_by(cache.ledger.view(), startup.record, before=session)
+    why = _FOR_ANOTHER_BRANCH if startup.by_rollback else ""
+    why = why or continued_by(cache.ledger.view(), startup.record, before=session)
     if not why:
         return startup
     return reseeded(startup, objects, derived_seed(seed, session.id), why)
@@ -159,7 +172,8 @@ def continued_by(catalog: Catalog, record: CheckpointMetadata, *, before: Sessio
 
 def _reseed(objects: Mapping[str, Any], seed: int, why: str) -> list[str]:
     seed_everything(seed)
-    lines = [f"reseeded, so that other batches come: {why} (resume=latest or an id repeats exactly)"]
+    exact = "ID" if why == _FOR_ANOTHER_BRANCH else "latest or an id"
+    lines = [f"reseeded, so that other batches come: {why} (resume={exact} repeats exactly)"]
     for name, value in objects.items():
         if not reseed_object(name, value, seed) and name == "loader":
             lines.append("the loader has no reseed(seed): it goes on where the checkpoint left it")
@@ -199,7 +213,7 @@ def _found(catalog: Catalog) -> str:
 def _resumed(record: CheckpointMetadata, explanations: list[Explanation], resume: str) -> str:
     loss = "not evaluated" if record.val_loss is None else f"val_loss {record.val_loss:.4f}"
     fitting = [e.record for e in explanations if e.eligible]
-    why = "as asked"
+    why = "as asked by the rollback" if resume == "rollback" else "as asked"
     if resume in ("best", "latest", "auto") and fitting:
         is_best, is_latest = record.id == fitting[0].id, record.id == max(fitting, key=lambda r: r.order).id
         names = [word for word, is_so in (("best", is_best), ("latest", is_latest)) if is_so]

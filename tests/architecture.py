@@ -17,7 +17,7 @@ FLOORS = {
     1: ("errors", "values", "config", "metadata", "environment", "words"),
     2: ("storage", "policy", "state", "history"),
     3: (
-        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
+        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
         *("checkup", "transfer", "cache"),
     ),
     4: (
@@ -32,7 +32,7 @@ FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 STAIRS = (
     ("errors", "values", "config", "metadata"),
     (
-        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
+        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
         *("checkup", "transfer", "cache"),
     ),
     (

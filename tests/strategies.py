@@ -6,7 +6,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
+from ckptcache.metadata import (
+    RESERVED_NAMES,
+    ROLLBACK,
+    CheckpointMetadata,
+    Fingerprint,
+    NamePointer,
+    SessionRecord,
+)
 from ckptcache.storage.index import Index
 
 _COMMON_IDS = ("ckpt_a", "ckpt_b", "ckpt_c", "ckpt_d")
@@ -44,7 +51,7 @@ def records(draw: st.DrawFn, id: str | None = None) -> CheckpointMetadata:
         **dict.fromkeys(("last_val_loss_iteration", "size"), st.none() | counts),
         **dict.fromkeys(("digest", "decision_reason"), st.none() | texts),
         **dict.fromkeys(("extra", "environment"), json_mappings),
-        "session": st.none() | ids,
+        **dict.fromkeys(("session", "rolled_back"), st.none() | ids),
         "parents": tuples_of_ids,
         "learning_rate": st.lists(st.floats(), max_size=3).map(tuple),
         "metrics": st.dictionaries(texts, st.floats(), max_size=3),
@@ -64,7 +71,7 @@ def sessions(draw: st.DrawFn, id: str | None = None) -> SessionRecord:
         **dict.fromkeys(("first_val_loss", "last_val_loss", "best_val_loss"), losses),
         **dict.fromkeys(("resume", "started_at"), texts),
         **dict.fromkeys(("ended_at", "stop_reason"), st.none() | texts),
-        **dict.fromkeys(("parent", "best_checkpoint"), st.none() | ids),
+        **dict.fromkeys(("parent", "best_checkpoint", "rolled_back"), st.none() | ids),
         "seconds": st.floats(),
         "reseeded": st.booleans(),
         "curves": curves,
@@ -75,6 +82,9 @@ def sessions(draw: st.DrawFn, id: str | None = None) -> SessionRecord:
 
 
 pointers = st.builds(NamePointer, checkpoint=ids, revision=counts)
+rollbacks = st.builds(
+    NamePointer, checkpoint=ids, revision=counts, before=st.dictionaries(ids, st.none() | ids, max_size=2)
+)
 fingerprints = st.builds(
     Fingerprint,
     parameters=st.dictionaries(texts, texts, max_size=2),
@@ -91,6 +101,8 @@ def indexes(draw: st.DrawFn) -> Index:
     for id in draw(st.lists(ids, max_size=2, unique=True)):
         index.sessions[id] = draw(sessions(id=id))
     index.names = draw(st.dictionaries(names, pointers, max_size=2))
+    if draw(st.booleans()):
+        index.names[ROLLBACK] = draw(rollbacks)
     return index
 
 

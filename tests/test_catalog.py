@@ -163,3 +163,18 @@ def test_nothing_prevails_in_an_empty_cache():
     assert catalog().prevailing() == (Description(), None)
     index = Index(sessions={"s": SessionRecord(id="s")})
     assert catalog(index=index).prevailing() == (Description(), None)
+
+
+def test_what_the_next_run_needs_is_not_told_by_what_was_rolled_back():
+    index, small, large = two_groups()
+    index.sessions["s"] = SessionRecord(id="s", sequence=1)
+    index.sessions["t"] = SessionRecord(id="t", sequence=3, parent="a", rolled_back="a")
+    found = catalog(
+        record("a", 1.0, 2, fingerprint=small, session="s"),
+        record("b", 0.5, 4, fingerprint=large, session="t", rolled_back="a"),
+        index=index,
+    )
+    described, source = found.prevailing()
+    assert (described.fingerprint, source) == (SMALL, index.sessions["s"])
+    index.sessions.clear()
+    assert found.prevailing()[1].id == "a"

@@ -51,6 +51,7 @@ SAMPLES = {
         "ref": "refs/ckptcache/unpushed",
     },
     "MergeFailed": {"path": PATH, "reason": "it isn't JSON"},
+    "NoRollback": {"path": PATH},
     "NotSavable": {"key": "extra.when", "kind": "a datetime", "remedy": "save its text"},
     "NotRestorable": {"key": "optimizer", "id": ID, "reason": "3 groups, not 2"},
     "SaveFailed": {"id": ID, "path": PATH, "reason": "I/O error"},

@@ -78,6 +78,7 @@ CHECKPOINT = {
     "pinned": st.booleans(),
     "decision": maybe(st.sampled_from(["evicted", "quarantined"])),
     "decision_reason": maybe(text.filter(bool)),
+    "rolled_back": maybe(ids),
     "size": maybe(counts),
     "digest": maybe(text.filter(bool)),
     "environment": mappings,
@@ -106,6 +107,7 @@ SESSION = {
     "failed_saves": counts,
     "seconds": floats,
     "stop_reason": maybe(text.filter(bool)),
+    "rolled_back": maybe(ids),
     "curves": curves,
     "environment": mappings,
     "unknown": unknown,
@@ -202,6 +204,15 @@ def test_fingerprints_survive_json(parameters, optimizers):
 def test_pointers_survive_json():
     pointer = NamePointer(checkpoint="ckpt_1", revision=3)
     assert NamePointer.from_json(pointer.to_json()) == pointer
+    assert pointer.to_json() == {"checkpoint": "ckpt_1", "revision": 3}
+    rollback = dataclasses.replace(pointer, before={"ckpt_2": None, "ckpt_3": "ckpt_0"})
+    assert NamePointer.from_json(rollback.to_json()) == rollback
+
+
+@pytest.mark.parametrize("before", [[], "x", {"a": 3}, {"a": "../x"}, {"a": ["b"]}])
+def test_a_rollback_whose_marks_cannot_be_put_back_is_refused(before):
+    with pytest.raises(ValueError, match="before must map ids"):
+        NamePointer.from_json({"checkpoint": "ckpt_1", "before": before})
 
 
 def test_order_is_by_sequence_then_id():
@@ -340,7 +351,7 @@ def test_names_that_can_be_given(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "best", "latest", "auto", "never", "ckpt_x", "a" * 65, "a b", "-x", "../x", None, 5]
+    "name", ["", "best", "latest", "auto", "never", "rollback", "ckpt_x", "a" * 65, "a b", "-x", "../x", None, 5]
 )
 def test_names_that_cannot(name):
     with pytest.raises(InvalidName):

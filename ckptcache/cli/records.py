@@ -110,6 +110,7 @@ def _terminal_rows(records: Sequence[CheckpointMetadata], catalog: Catalog) -> l
 
 def _marks(record: CheckpointMetadata, catalog: Catalog) -> str:
     pinned = ["pinned"] if record.pinned else []
+    pinned += ["rolled back"] if record.rolled_back is not None else []
     return ", ".join([*(f"={name}" for name in names_of(record.id, catalog)), *pinned, *record.tags])
 
 
@@ -127,6 +128,7 @@ def _plain_rows(records: Sequence[CheckpointMetadata], catalog: Catalog) -> list
         "reason": [r.save_reason for r in records],
         "bytes": [_exact(r.size) for r in records],
         "pinned": ["pinned" if r.pinned else "" for r in records],
+        "rolled_back": ["rolled_back" if r.rolled_back is not None else "" for r in records],
         "names": [",".join(names_of(r.id, catalog)) for r in records],
         "tags": [",".join(r.tags) for r in records],
     }
@@ -166,6 +168,7 @@ def _status(record: CheckpointMetadata, catalog: Catalog) -> str:
     observed = catalog.observed.missing | catalog.observed.damaged
     detail = record.decision_reason or observed.get(record.id, "")
     status = catalog.status(record) + (f": {detail}" if detail else "")
+    status += f", rolled back to {record.rolled_back}" if record.rolled_back is not None else ""
     return f"{status}, pinned" if record.pinned else status
 
 

@@ -244,22 +244,23 @@ def _remarks(metrics: Mapping[str, float], scale: Scale) -> Iterator[str]:
 def rank(records: Iterable[CheckpointMetadata], scores: Mapping[str, Score]) -> list[CheckpointMetadata]:
     """`records` of one group, best first: the known by quality, then the unknown, then the diverged.
 
-    Equal qualities: the further-trained, then the later. The unknown and the diverged: the latest first.
+    Equal qualities: the further-trained, then the later. The unknown and the diverged: the latest first. What was
+    rolled back comes after all others, in the same order.
     """
     return sorted(records, key=lambda r: _standing(r, scores[r.id]), reverse=True)
 
 
 def best(records: Iterable[CheckpointMetadata], scores: Mapping[str, Score]) -> CheckpointMetadata | None:
-    """The first of `rank` that hasn't diverged, or None."""
-    sound = (r for r in records if scores[r.id].status != "diverged")
+    """The first of `rank` that hasn't diverged and wasn't rolled back, or None."""
+    sound = (r for r in records if scores[r.id].status != "diverged" and r.rolled_back is None)
     return max(sound, key=lambda r: _standing(r, scores[r.id]), default=None)
 
 
-def _standing(record: CheckpointMetadata, score: Score) -> tuple[int, float, int, tuple[int, str]]:
-    tier = _TIER[score.status]
+def _standing(record: CheckpointMetadata, score: Score) -> tuple[bool, int, float, int, tuple[int, str]]:
+    stays, tier = record.rolled_back is None, _TIER[score.status]
     if score.quality is None:
-        return tier, 0.0, 0, record.order
-    return tier, score.quality, record.iteration, record.order
+        return stays, tier, 0.0, 0, record.order
+    return stays, tier, score.quality, record.iteration, record.order
 
 
 def improves(quality: float | None, best_quality: float | None, threshold: float) -> bool:

@@ -56,6 +56,8 @@ def protections(
 ) -> dict[str, str]:
     """The candidates that stay whatever the limits say, as id to reason; several reasons are joined by commas.
 
+    What was rolled back stays for a name, a pin or a live session, and is neither the best nor the newest.
+
     Args:
         names: name to the id of the checkpoint it points to.
         current_group: the group whose best is protected.
@@ -87,7 +89,7 @@ def _chosen(members: list[Candidate], names: Mapping[str, str]) -> Iterator[tupl
 
 def _best_of(members: list[Candidate], group: Hashable, diverged: Collection[str]) -> Iterator[tuple[str, str]]:
     unsound = frozenset(diverged)
-    sound = (c for c in members if c.group == group and c.id not in unsound)
+    sound = (c for c in members if c.group == group and c.id not in unsound and c.record.rolled_back is None)
     if best := min(sound, key=_worth, default=None):
         yield best.id, "best of the current group"
 
@@ -96,15 +98,21 @@ def _latest(members: list[Candidate], live: Collection[str], keep: int) -> Itera
     if not members or keep < 1:
         return
     # A session may be None, which is where checkpoints saved by hand belong.
-    newest, running = members[-1].record.session, frozenset(live)
+    newest, running = _newest(members), frozenset(live)
     by_session: defaultdict[str | None, list[Candidate]] = defaultdict(list)
     for candidate in members:
         by_session[candidate.record.session].append(candidate)
     for session, own in by_session.items():
         if session == newest or session in running:
             kind = "live" if session in running else "newest"
-            for candidate in own[-keep:]:
+            staying = own if kind == "live" else [c for c in own if c.record.rolled_back is None]
+            for candidate in staying[-keep:]:
                 yield candidate.id, _latest_reason(kind, session, keep)
+
+
+def _newest(members: list[Candidate]) -> str | object | None:
+    """The session of the latest that wasn't rolled back; nobody's where all were."""
+    return next((c.record.session for c in reversed(members) if c.record.rolled_back is None), object())
 
 
 def _latest_reason(kind: str, session: str | None, keep: int) -> str:
@@ -157,7 +165,8 @@ def plan(
 
     While a limit is exceeded the longest tail gives its lowest, a tail being what is unprotected below the best of a
     group; of equal tails, that of the least recently used group. A group's last one goes only when no other
-    can, the least recently used group first. Planning over what was kept evicts nothing.
+    can, the least recently used group first. Before all of these go those that were rolled back, the lowest first.
+    Planning over what was kept evicts nothing.
 
     Args:
         candidates: all checkpoints whose files are there.
@@ -178,7 +187,10 @@ def plan(
 
 def _victims(members: list[Candidate], protected: Collection[str]) -> Iterator[tuple[Candidate, bool]]:
     """All unprotected, in the order in which they would go; each with whether it is the last of its group."""
-    groups = _groups(members, protected)
+    left_behind = [c for c in members if c.record.rolled_back is not None and c.id not in protected]
+    yield from ((candidate, False) for candidate in reversed(left_behind))
+    gone = {c.id for c in left_behind}
+    groups = _groups([c for c in members if c.id not in gone], protected)
     # The number settles equal turns, the same way each time: groups come in the order of their best.
     waiting = [(group.turn(), number, group) for number, group in enumerate(groups)]
     heapq.heapify(waiting)
@@ -208,6 +220,8 @@ def _worth(candidate: Candidate) -> tuple[int, int, str]:
 
 
 def _place(candidate: Candidate, is_last: bool) -> str:
+    if candidate.record.rolled_back is not None:
+        return f"rolled back to {candidate.record.rolled_back}"
     if is_last:
         return "the last of the least recently used group"
     return f"rank {candidate.rank + 1}, the lowest of its group that may go"

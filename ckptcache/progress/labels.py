@@ -25,9 +25,10 @@ class Labels:
         return self._short.get(id, id)
 
     def marks(self, record: CheckpointMetadata) -> list[str]:
-        """ "best", "pinned", and the names that point to it: what makes a checkpoint stand out; names as given."""
+        """ "best", "rolled back", "pinned", and the names that point to it: what makes a checkpoint stand out."""
         is_best = self.best is not None and record.id == self.best.id
-        return [*(["best"] if is_best else []), *(["pinned"] if record.pinned else []), *self._names.get(record.id, [])]
+        flags = {"best": is_best, "rolled back": record.rolled_back is not None, "pinned": record.pinned}
+        return [*(word for word, is_so in flags.items() if is_so), *self._names.get(record.id, [])]
 
     def status(self, record: CheckpointMetadata) -> str:
         """``available``, ``only recorded``, ``damaged``, ``evicted`` or ``quarantined``."""

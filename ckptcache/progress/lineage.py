@@ -17,6 +17,7 @@ _CLASSES = (
     "classDef lost fill:#fff1f0,stroke:#cf222e,color:#57606a,stroke-dasharray:4 3",
     "classDef best fill:#dafbe1,stroke:#1a7f37,color:#1f2328,stroke-width:3px",
     "classDef bestrecorded fill:#dafbe1,stroke:#1a7f37,color:#1f2328,stroke-width:3px,stroke-dasharray:4 3",
+    "classDef left fill:none,stroke:#8c959f,color:#8c959f",
     "classDef note fill:none,stroke:none,color:#8c959f",
 )
 _LOST = ("damaged", "quarantined")
@@ -37,7 +38,18 @@ def mermaid(view: RunView, sessions: int = 12, labels: Labels | None = None) -> 
     if graph.labels.best is not None:
         graph.add_checkpoint(graph.labels.best.id)
     graph.add_older(len(view.sessions) - len(shown))
-    return "\n".join([_INIT, "flowchart TD", *(f"    {line}" for line in (*graph.nodes, *graph.edges, *_CLASSES))])
+    return graph.text()
+
+
+def drawn(view: RunView, sessions: Iterable[SessionRecord], checkpoints: Iterable[CheckpointMetadata]) -> str:
+    """These sessions and checkpoints, and what the sessions resumed from, oldest first; as `mermaid` draws them."""
+    shown = list(sessions)
+    graph = _Graph(Labels(view), {s.id: f"s{i}" for i, s in enumerate(shown)})
+    for session in shown:
+        graph.add_session(session, None)
+    for record in checkpoints:
+        graph.add_checkpoint(record.id)
+    return graph.text() if graph.nodes else ""
 
 
 def _last_of(view: RunView, session: SessionRecord) -> CheckpointMetadata | None:
@@ -61,7 +73,7 @@ class _Graph:
         node, label = self.sessions[session.id], _label(_session_lines(session, self.labels.short(session.id)))
         if session.parent:
             self.edges.append(f"{self.add_checkpoint(session.parent)} --> {node}")
-        self.nodes.append(f"{node}({label}):::session")
+        self.nodes.append(f"{node}({label}):::{'session' if session.rolled_back is None else 'left'}")
         if last is not None:
             self.add_checkpoint(last.id)
 
@@ -89,6 +101,10 @@ class _Graph:
         self.nodes.append(f"older([{label}]):::note")
         self.edges += [f"older -.-> {node}" for node in self.from_older]
 
+    def text(self) -> str:
+        """The flowchart."""
+        return "\n".join([_INIT, "flowchart TD", *(f"    {line}" for line in (*self.nodes, *self.edges, *_CLASSES))])
+
     def _checkpoint_lines(self, record: CheckpointMetadata) -> Iterator[str]:
         marks, status = self.labels.marks(record), self.labels.status(record)
         yield ("★ " if "best" in marks[:1] else "") + self.labels.short(record.id)
@@ -101,7 +117,9 @@ class _Graph:
         status = self.labels.status(record)
         if self.labels.best is not None and record.id == self.labels.best.id:
             return "best" if status == "available" else "bestrecorded"
-        return "available" if status == "available" else "lost" if status in _LOST else "recorded"
+        if status == "available":
+            return "available" if record.rolled_back is None else "left"
+        return "lost" if status in _LOST else "recorded"
 
 
 def _session_lines(session: SessionRecord, short: str) -> Iterator[str]:

@@ -58,7 +58,7 @@ class RunView:
         return groups
 
     def _is_known(self, record: CheckpointMetadata) -> bool:
-        return self.catalog.scores[record.id].status == "known"
+        return self.catalog.scores[record.id].status == "known" and record.rolled_back is None
 
 
 def view_of(name: str, index: Index, available: frozenset[str], config: CacheConfig | None = None) -> RunView:

@@ -19,6 +19,7 @@ from blake3 import blake3
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidName, InvalidValue, NotACheckpoint
 from ckptcache.metadata import (
     MAX_COUNT,
+    ROLLBACK,
     SCHEMA_VERSION,
     CheckpointMetadata,
     Fingerprint,
@@ -190,7 +191,7 @@ def _records(document: Mapping[str, Any], part: str, read: Callable[[list[Any]],
 
 def _checked_name(name: str) -> str:
     try:
-        return check_name(name)
+        return name if name == ROLLBACK else check_name(name)
     except InvalidName as error:
         raise ValueError(str(error)) from error
 

@@ -12,7 +12,7 @@ import torch
 
 from ckptcache import TrainingCache
 from ckptcache.errors import SaveFailed
-from ckptcache.metadata import SessionRecord
+from ckptcache.metadata import ROLLBACK, CheckpointMetadata, SessionRecord
 from ckptcache.storage import locks
 from ckptcache.storage.index import IndexFile
 from tests.caches import file_of, flip, ids, save, temporary_files, tiny
@@ -96,6 +96,25 @@ def fill_in_a_session(cache: TrainingCache) -> None:
     save(cache, 0.75, iteration=8, session=session)
 
 
+def fill_two_branches(cache: TrainingCache) -> None:
+    """Up to the limit; the first is rolled back to, past the two that came of it, of which one is pinned."""
+    first = save(cache, 3.0, iteration=1)
+    second = save(cache, 2.0, iteration=2, parents=[first.id])
+    cache.pin(save(cache, 1.0, iteration=3, parents=[second.id]).id)
+
+
+def roll_back(cache: TrainingCache) -> str:
+    first = min(cache.checkpoints(everything=True), key=lambda r: r.order).id
+    cache.rollback(first)
+    cache.undo_rollback()
+    cache.rollback(first)
+    return first
+
+
+def roll_back_and_follow(cache: TrainingCache) -> None:
+    save(cache, 2.5, iteration=2, parents=[roll_back(cache)])
+
+
 # What is there before, and what is then cut short.
 SCENARIOS: dict[str, tuple[Act, Act]] = {
     "a save that evicts": (fill, new_best),
@@ -108,6 +127,8 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "a save over a broken index": (break_index, new_best),
     "a save that is taken back": (fill, save_that_is_taken_back),
     "a session that is discarded": (fill_in_a_session, lambda cache: cache.forget_session(DISCARDED)),
+    "a rollback": (fill_two_branches, roll_back),
+    "a rollback that is followed": (fill_two_branches, roll_back_and_follow),
     "a repair": (break_index, lambda cache: cache.doctor(repair=True)),
 }
 # What pins and names, or has to do with the generation before.
@@ -149,10 +170,26 @@ class Stage:
         assert len(there) >= min(1, len(self.acknowledged) - len(self.spoilt)), "none is left"
         for id in there - self.spoilt:
             assert cache.load(id)["w"].tolist() == [records[id].val_loss] * 4
+        self.check_rollback(cache, records)
         if self.keeps_marks:
-            assert cache.names() == self.names
+            assert {name: id for name, id in cache.names().items() if name != ROLLBACK} == self.names
             assert {r.id for r in records.values() if r.pinned} == self.pinned
         self.check_goes_on(cache)
+
+    def check_rollback(self, cache: TrainingCache, records: dict[str, CheckpointMetadata]) -> None:
+        """All of its marks are there or none is, and the pointer with them until something followed."""
+        target = cache.names().get(ROLLBACK)
+        marked = {id for id, record in records.items() if record.rolled_back is not None}
+        first = min(self.acknowledged, key=lambda id: records[id].order, default=None)
+        assert marked in (set(), self.acknowledged.keys() - {first})
+        if target is not None:
+            assert marked
+            assert cache.best().id == target
+            cache.undo_rollback()
+            assert not any(record.rolled_back for record in cache.checkpoints(everything=True))
+        elif marked:
+            assert cache.best().id not in marked
+            assert len(records) > len(self.acknowledged)
 
     def check_goes_on(self, cache: TrainingCache) -> None:
         for loss in (0.25, 0.125):

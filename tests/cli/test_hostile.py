@@ -24,11 +24,25 @@ INDEXES = {
     "a reason with control characters": lambda index, record: record.update(save_reason="\x9b31m\r\nforged"),
     "another decision": lambda index, record: record.update(decision="bogus", decision_reason="\x1b]0;title\x07"),
     "fields of later versions": lambda index, record: record.update(future={"x": 1}, status="a lie"),
+    "a rollback to nowhere": lambda index, record: index["names"].update(
+        rollback={"checkpoint": "gone", "before": {"gone": "gone"}}
+    ),
+    "a mark of one that is gone": lambda index, record: record.update(rolled_back="gone"),
+    "a session that came of itself": lambda index, record: (
+        index["sessions"].update(s={"parent": next(iter(index["checkpoints"])), "stop_reason": "\x1b[31m"}),
+        record.update(session="s"),
+    ),
+    "sessions in a circle": lambda index, record: (
+        index["sessions"].update(s={"parent": "b", "warm_start": True}, t={"parent": next(iter(index["checkpoints"]))}),
+        index["checkpoints"].update(b={"session": "t", "decision": "evicted"}),
+        record.update(session="s"),
+    ),
     "its own parent": lambda index, record: record.update(parents=[next(iter(index["checkpoints"]))]),
     "the greatest numbers": lambda index, record: record.update(epoch=1e308, val_loss=1e308, size=2**62),
     "a link in its notes": lambda index, record: record.update(notes="[link=file:///etc/passwd]x[/link]", tags=["[/]"]),
 }
 COMMANDS = ["ls", "ls --all", "show ckpt_", "best", "explain", "sessions", "stats", "doctor", "prune --dry-run"]
+COMMANDS += ["lineage --all", "lineage ckpt_", "rollback ckpt_ --dry-run", "rollback --undo --dry-run"]
 
 
 @pytest.fixture(scope="module")

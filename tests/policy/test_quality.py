@@ -371,3 +371,13 @@ def test_an_improvement_is_always_strictly_better(quality, best_quality, thresho
 def test_a_score_cannot_be_changed():
     with pytest.raises(AttributeError):
         Score(1.0, "known", {}, str).quality = 2.0
+
+
+def test_what_was_rolled_back_comes_after_all_others_and_is_never_the_best():
+    losses = {"a": 1.0, "b": 2.0, "c": None, "d": math.nan, "e": 3.0}
+    records = [CheckpointMetadata(id=id, val_loss=loss) for id, loss in losses.items()]
+    left = [r.changed(rolled_back="e") if r.id in "ad" else r for r in records]
+    scores = score_group(left, CacheConfig())
+    assert [r.id for r in rank(left, scores)] == ["b", "e", "c", "a", "d"]
+    assert best(left, scores).id == "b"
+    assert best([r for r in left if r.rolled_back], scores) is None

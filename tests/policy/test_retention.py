@@ -1,3 +1,4 @@
+import dataclasses
 import time
 from collections import Counter, defaultdict
 
@@ -120,6 +121,32 @@ def test_lone_ones_go_last_and_the_least_recently_used_first():
     found = evict(candidates, keep=1, protected=["c0"])
     assert list(found.evicted) == ["c2", "c1", "b0", "a0"]
     assert found.evicted["b0"].startswith("the last of the least recently used group")
+
+
+def rolled_back(candidates, *places):
+    marked = {c.id: dataclasses.replace(c, record=c.record.changed(rolled_back="r")) for c in candidates}
+    return [marked[c.id] if i in places else c for i, c in enumerate(candidates)]
+
+
+def test_what_was_rolled_back_goes_before_all_others_and_not_unless_something_must():
+    candidates = rolled_back([*tail("a", 4), *tail("b", 2)], 2, 5)
+    assert evict(candidates, keep=6).evicted == {}
+    found = evict(candidates, keep=3)
+    assert list(found.evicted) == ["a2", "b1", "a3"]
+    assert found.evicted["a2"] == "rolled back to r: 6 checkpoints exceed max_checkpoints 3"
+    assert list(evict(candidates, keep=3, protected=["a2"]).evicted) == ["b1", "a3", "a1"]
+    assert list(evict(rolled_back([*tail("a", 3), *tail("b", 1)], 3), keep=3).evicted) == ["b0"]
+
+
+def test_what_was_rolled_back_is_neither_the_best_nor_the_newest_and_a_live_sessions_latest_all_the_same():
+    rows = [("a", 0, 1, "old"), ("b", 1, 2, "new"), ("c", 2, 3, "new")]
+    made = [candidate(id, rank=rank, sequence=order, session=session) for id, rank, order, session in rows]
+    candidates = rolled_back(made, 1, 2)
+    assert protect(candidates, keep_latest=1) == {"a": "latest of the newest session old"}
+    assert protect(candidates, keep_latest=1, live_sessions={"new"})["c"] == "latest of the live session new"
+    assert "c" in protect(rolled_back(made, 2), names={"x": "c"})
+    assert protect(rolled_back(made, 0), current_group="g") == {"b": "best of the current group"}
+    assert protect(rolled_back(made, 0, 1, 2), current_group="g", keep_latest=1) == {}
 
 
 def test_protected_ones_do_not_make_a_tail():

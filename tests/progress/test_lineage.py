@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 from ckptcache.metadata import NamePointer
-from ckptcache.progress.lineage import escaped, mermaid
+from ckptcache.progress.lineage import drawn, escaped, mermaid
 from ckptcache.progress.views import view_of
 from ckptcache.storage.index import Index
 from tests.progress.runs import HOSTILE, add_session, hostile_run, last_checkpoint, run
@@ -122,3 +122,31 @@ def test_only_plain_characters_stand_as_they_are():
 def test_any_index_gives_a_graph_that_can_be_read(index):
     text = mermaid(view_of("ci", index, frozenset(index.checkpoints)))
     assert not text or parse(text)
+
+
+def test_what_was_rolled_back_is_drawn_so_and_is_never_the_best():
+    view = run(2)
+    last, session = last_checkpoint(view.index), view.sessions[0]
+    view.index.checkpoints[last] = view.index.checkpoints[last].changed(rolled_back=session.parent)
+    view.index.sessions[session.id] = session.changed(rolled_back=session.parent)
+    nodes, _ = parse(mermaid(view))
+    assert nodes[named(nodes, last[:20])] == ([last[:20], "iteration 80, val loss 1.7857", "rolled back"], "left")
+    assert nodes[named(nodes, session.id[:20])][1] == "left"
+    assert nodes[named(nodes, session.parent[:20])][1] == "best"
+
+
+def test_what_is_chosen_is_drawn_and_what_it_came_from():
+    view = run(3)
+    oldest = sorted(view.sessions, key=lambda s: s.order)
+    nodes, edges = parse(drawn(view, oldest[1:2], ()))
+    assert sorted(kind for _, kind in nodes.values()) == ["available", "session"]
+    assert len(edges) == 1
+    nodes, edges = parse(drawn(view, oldest, view.index.checkpoints.values()))
+    assert (len(nodes), len(edges)) == (6, 5)
+    assert drawn(view, (), ()) == ""
+
+
+def test_hostile_text_adds_nothing_to_what_is_drawn():
+    view = hostile_run()
+    nodes, _ = parse(drawn(view, view.sessions, view.index.checkpoints.values()))
+    assert len(nodes) == 3
