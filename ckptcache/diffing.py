@@ -17,6 +17,7 @@ from ckptcache.state.capture import NDARRAY
 from ckptcache.state.measure import measure, same_bits
 from ckptcache.state.names import canonical_names
 from ckptcache.state.restore import RNG
+from ckptcache.storage.layout import Layout
 
 Path = tuple[Any, ...]
 """The keys and positions on the way to a leaf of a part."""
@@ -83,13 +84,13 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     Raises CheckpointNotFound, AmbiguousId, CheckpointMissing or CheckpointDamaged.
     """
     record = resume.find(catalog, wanted)
-    status, folder = catalog.status(record), catalog.root / "checkpoints"
+    status, path = catalog.status(record), Layout(catalog.root).locate(record.id)
     if status == "damaged":
-        raise CheckpointDamaged(path=folder / f"{record.id}.pt", reason=catalog.observed.damaged[record.id])
+        raise CheckpointDamaged(path=path, reason=catalog.observed.damaged[record.id])
     if status != "available":
         detail = record.decision_reason or catalog.observed.missing.get(record.id)
         reason = detail if status == "missing" else f"{status}: {detail}" if detail else status
-        raise CheckpointMissing(id=record.id, reason=reason or "its file is gone", path=folder)
+        raise CheckpointMissing(id=record.id, reason=reason or "its file is gone", path=path)
     return catalog.scored(record)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 from ckptcache import contrast, resume, words
 from ckptcache.catalog import Catalog
 from ckptcache.cli import output, sessionlist
-from ckptcache.cli.diffview import value_text
 from ckptcache.cli.elsewhere import Place, open_place
 from ckptcache.cli.sketch import ASCII, BARS, sketch
-from ckptcache.cli.tables import Column, needed_width, table
+from ckptcache.cli.tables import Column, needed_width, setting_text, table
 from ckptcache.errors import AmbiguousSession, CheckpointNotFound, SessionNotFound
 from ckptcache.metadata import SessionRecord
 from ckptcache.progress.losses import points
@@ -91,7 +90,7 @@ def _entry_to_json(e: Entry) -> dict[str, Any]:
         "session": e.session.to_json(full=True),
         "state": e.state,
         "iterations": contrast.steps(e.session),
-        "iterations_per_second": contrast.rate(e.session),
+        "iterations_per_second": contrast.jsonable_number(contrast.rate(e.session)),
         "configs": e.configs,
     }
 
@@ -114,7 +113,7 @@ def _differing(entries: Sequence[Entry]) -> dict[str, tuple[Any, ...]]:
 
 def lines(entries: Sequence[Entry]) -> Iterator[str]:
     """All lines of `ckptcache compare`: as many sessions beside each other as the terminal has room for."""
-    rows = {**_rows(entries), **{key: list(map(value_text, row)) for key, row in _differing(entries).items()}}
+    rows = {**_rows(entries), **{key: list(map(setting_text, row)) for key, row in _differing(entries).items()}}
     rows = {label: cells for label, cells in rows.items() if any(cells)}
     titles = _titles(entries)
     for number, some in enumerate(_parted(len(entries), _beside(rows, titles))):
@@ -199,7 +198,7 @@ def _environment_keys(entries: Sequence[Entry]) -> list[str]:
 
 
 def _environment(key: str) -> Callable[[Entry], str]:
-    return lambda e: value_text(e.session.environment.get(key, contrast.ABSENT))
+    return lambda e: setting_text(e.session.environment.get(key, contrast.ABSENT))
 
 
 # --- curves --------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from ckptcache import words
 from ckptcache.catalog import Catalog
 from ckptcache.cli import output
-from ckptcache.cli.tables import Column, table
-from ckptcache.contrast import ABSENT, Pair, RecordDiff, Relation
+from ckptcache.cli.tables import Column, setting_text, table
+from ckptcache.contrast import Pair, RecordDiff, Relation
 from ckptcache.difference import Diff, PartDiff, TensorDiff, totals
 from ckptcache.diffing import Side
 
@@ -73,9 +72,9 @@ def _number_columns(records: RecordDiff) -> list[Column]:
     rows = [(name, *_pair_cells(pair)) for name, pair in numbers.items()]
     rates = [", ".join(f"{rate:g}" for rate in rates) for rates in records.learning_rate]
     rows += [("learning rate", rates[0], rates[1], _rate_change(records))] if any(rates) else []
-    titles = ("", "A", "B", "change")
+    titles = ("number", "A", "B", "change")
     cells = [_cropped(column) for column in zip(*rows, strict=True)]
-    return [Column(t, c, right=bool(t), flexible=16) for t, c in zip(titles, cells, strict=True)]
+    return [Column(t, c, right=t != "number", flexible=16) for t, c in zip(titles, cells, strict=True)]
 
 
 def _pair_cells(pair: Pair) -> tuple[str, str, str]:
@@ -96,14 +95,9 @@ def _rate_change(records: RecordDiff) -> str:
 
 def _setting_columns(records: RecordDiff) -> list[Column]:
     rows = {**records.configs, **{f"environment.{key}": pair for key, pair in records.environment.items()}}
-    columns = [list(rows), *([value_text(pair[side]) for pair in rows.values()] for side in (0, 1))]
+    columns = [list(rows), *([setting_text(pair[side]) for pair in rows.values()] for side in (0, 1))]
     titles = ("setting", "A", "B")
     return [Column(t, _cropped(c), flexible=20) for t, c in zip(titles, columns, strict=True)]
-
-
-def value_text(value: Any) -> str:
-    """A setting's value in a cell; "" where there is none."""
-    return "" if value is ABSENT else words.value(value)
 
 
 def _cropped(cells: Sequence[str]) -> list[str]:
@@ -194,8 +188,8 @@ def _value_lines(found: Diff, top: int) -> list[str]:
     shown = found.values[:top] if top else found.values
     columns = [
         Column("value", [value.path for value in shown], flexible=24, style="cyan"),
-        Column("A", _cropped([value_text(value.a) for value in shown]), flexible=16),
-        Column("B", _cropped([value_text(value.b) for value in shown]), flexible=16),
+        Column("A", _cropped([setting_text(value.a) for value in shown]), flexible=16),
+        Column("B", _cropped([setting_text(value.b) for value in shown]), flexible=16),
     ]
     more = len(found.values) - len(shown)
     return [*table(columns), *([f"and {more} more (--top 0, or --json)"] if more else [])]

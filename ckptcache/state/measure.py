@@ -12,6 +12,8 @@ import torch
 
 BLOCK = 1 << 18
 """Elements that are looked at together; each block takes a few float64 copies of itself."""
+MOST_DENSE = 1 << 24
+"""Elements that a sparse tensor is written out to, for a few bytes of a file may claim any number of them."""
 _WIDE = (torch.float64, torch.complex128)
 """Dtypes whose squares may leave float64's range."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -42,7 +44,8 @@ class Measure:
 
 
 def measure(a: torch.Tensor, b: torch.Tensor) -> Measure | None:
-    """Measure two tensors of the same shape; None for dtypes without numbers, such as bits and packed float4.
+    """Measure two tensors of the same shape; None for dtypes without numbers, such as bits and packed float4, and for
+    sparse tensors of more than `MOST_DENSE` elements.
 
     Booleans count as 0 and 1, dtypes may differ. Whole numbers of 64 bits are subtracted exactly; their norms are
     rounded as float64 rounds them.
@@ -51,9 +54,9 @@ def measure(a: torch.Tensor, b: torch.Tensor) -> Measure | None:
     """
     if a.shape != b.shape:
         raise ValueError(f"tensors of shapes {list(a.shape)} and {list(b.shape)} can't be measured")
-    a, b = _plain(a), _plain(b)
     if not (has_numbers(a) and has_numbers(b)):
         return None
+    a, b = _plain(a), _plain(b)
     scales = _scales(a, b)
     sums = _Sums()
     for x, y in zip(blocks(a), blocks(b), strict=True):
@@ -62,7 +65,9 @@ def measure(a: torch.Tensor, b: torch.Tensor) -> Measure | None:
 
 
 def has_numbers(tensor: torch.Tensor) -> bool:
-    """Whether torch can turn the tensor's elements into float64."""
+    """Whether torch can turn the tensor's elements into float64, and there is room for them."""
+    if tensor.layout != torch.strided:
+        return tensor.numel() <= MOST_DENSE
     if tensor.is_complex():
         return True
     try:
@@ -76,6 +81,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits: NaN equals itself, 0.0 isn't -0.0."""
     if a.dtype != b.dtype or a.shape != b.shape or a.layout != b.layout:
         return False
+    if a.layout != torch.strided:
+        return all(same_bits(x, y) for x, y in zip(_components(a), _components(b), strict=True))
     a, b = _plain(a), _plain(b)
     if a.is_quantized:
         return bool(torch.equal(a, b))
@@ -96,6 +103,15 @@ def blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         step = max(1, BLOCK * len(tensor) // tensor.numel())
         for start in range(0, len(tensor), step):
             yield from blocks(tensor[start : start + step])
+
+
+def _components(sparse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The dense tensors that a sparse one is made of."""
+    if sparse.layout == torch.sparse_coo:
+        return sparse._indices(), sparse._values()
+    if sparse.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return sparse.crow_indices(), sparse.col_indices(), sparse.values()
+    return sparse.ccol_indices(), sparse.row_indices(), sparse.values()
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -438,8 +438,9 @@ def test_hostile_text_is_shown_and_not_sent(tmp_path):
             s.update(curves={"val_loss": [[0, 1e308], [2**53, -1e308]]}) for s in index["sessions"].values()
         ],
         lambda index: index["fingerprints"].clear(),
+        lambda index: [s.update(seconds=5e-324) for s in index["sessions"].values()],
     ],
-    ids=["lists", "no configurations", "lost", "own parents", "huge", "huge curves", "no fingerprints"],
+    ids=["lists", "no configurations", "lost", "own parents", "huge", "huge curves", "no fingerprints", "no time"],
 )
 def test_whatever_an_index_holds_there_is_an_answer(trained, change):
     folder, (first, second) = trained

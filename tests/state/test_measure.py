@@ -159,6 +159,22 @@ def test_bits_without_numbers_are_compared_and_not_measured():
     assert (same_bits(a, a.clone()), same_bits(a, b)) == (True, False)
 
 
+# torch warns of its own sparse tensors, the first time.
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc], ids=str)
+def test_sparse_tensors_are_measured_and_never_written_out_where_they_claim_too_much(layout):
+    a, b = (torch.eye(3).mul(factor).to_sparse(layout=layout) for factor in (1.0, 2.0))
+    assert measure(a, b).relative == 1.0
+    assert (same_bits(a, a.clone()), same_bits(a, b)) == (True, False)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_tensor_that_claims_more_than_there_is_room_for_is_only_compared():
+    make = lambda value: torch.sparse_coo_tensor([[5], [7]], [value], (2**40, 2**20))  # noqa: E731
+    assert measure(make(1.0), make(2.0)) is None
+    assert (same_bits(make(1.0), make(1.0)), same_bits(make(1.0), make(2.0))) == (True, False)
+
+
 def test_tensors_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"shapes \[2\] and \[3\]"):
         measure(torch.zeros(2), torch.zeros(3))
