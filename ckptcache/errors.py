@@ -206,6 +206,18 @@ class SessionClosed(CkptCacheError):
     exit_code = 2
 
 
+class SessionNotFound(CkptCacheError):
+    """There is no session {id!r} in {path}: `ckptcache sessions` lists those that are there."""
+
+    exit_code = 3
+
+
+class AmbiguousSession(CkptCacheError):
+    """{prefix!r} fits {count} sessions ({examples}): give more of the id."""
+
+    exit_code = 2
+
+
 class DuplicateName(CkptCacheError):
     """Two objects cannot both be registered as {name!r}: give one of them another name."""
 

@@ -53,15 +53,16 @@ def age(written: str, now: datetime | None = None) -> str:
 
 def settings(values: Mapping[str, Any] | None) -> str:
     """A configuration in one line; "" for none."""
-    return ", ".join(f"{key} {_value(value)}" for key, value in (values or {}).items())
+    return ", ".join(f"{key} {value(setting)}" for key, setting in (values or {}).items())
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{{{settings(value)}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def value(setting: Any) -> str:
+    """A value of a configuration."""
+    if isinstance(setting, Mapping):
+        return f"{{{settings(setting)}}}"
+    if isinstance(setting, list):
+        return f"[{', '.join(map(value, setting))}]"
+    return f"{setting:.6g}" if isinstance(setting, float) else str(setting)
 
 
 def sparkline(values: Iterable[float], most: int) -> str:

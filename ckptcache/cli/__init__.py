@@ -3,7 +3,7 @@
 import click
 
 from ckptcache import __version__
-from ckptcache.cli import branching, care, completion, listing, marks, progress, transfer
+from ckptcache.cli import branching, care, comparing, completion, listing, marks, progress, transfer
 from ckptcache.cli.options import common
 from ckptcache.cli.run import CommandLine
 
@@ -34,6 +34,7 @@ def main() -> None:
 
 
 main.add_section("Looking", [listing.ls, listing.show, listing.best, listing.explain, listing.sessions])
+main.add_section("Comparing", [comparing.diff, comparing.compare])
 main.add_section("Care", [care.stats, care.doctor, care.prune, care.rerank])
 main.add_section("Branches", [branching.lineage, branching.rollback])
 main.add_section("Marks", [marks.pin, marks.unpin, marks.name, marks.unname, marks.tag, marks.note])

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +16,7 @@ from ckptcache.config import settings_with_sources
 if TYPE_CHECKING:
     from ckptcache.catalog import Catalog
     from ckptcache.checkup import Finding, Move, Stats
+    from ckptcache.metadata import CheckpointMetadata
     from ckptcache.policy.retention import Plan
 
 DAMAGE = 4
@@ -229,12 +230,37 @@ def rerank(quality_metrics: tuple[tuple[str, str], ...], **weights: float | None
         settings["quality_metrics"] = dict(quality_metrics)
     if not settings:
         raise click.UsageError("Give at least one weight or metric to rank by.")
-    cache = open_cache()
-    catalog, moves = cache.ledger.view(), cache.rerank(**settings)
-    output.finish({"settings": settings, "moves": [asdict(m) for m in moves]}, lambda: _moves(catalog, moves))
+    from ckptcache import checkup
+    from ckptcache.catalog import Catalog
+
+    # One look for all of it: another process may save meanwhile.
+    catalog = open_cache().ledger.view()
+    other = Catalog(catalog.root, catalog.index, catalog.observed, replace(catalog.config, **settings))
+    moves = checkup.rerank(catalog, other.config)
+    best = [None if found is None else found.id for found in (_best(catalog), _best(other))]
+    document = {
+        "settings": settings,
+        "settings_before": {name: getattr(catalog.config, name) for name in settings},
+        "best": dict(zip(("before", "after"), best, strict=True)),
+        "moves": [_move_to_json(move, catalog) for move in moves],
+    }
+    output.finish(document, lambda: _moves(catalog, moves, best))
 
 
-def _moves(catalog: "Catalog", moves: "Sequence[Move]") -> Iterator[str]:
+def _best(catalog: "Catalog") -> "CheckpointMetadata | None":
+    from ckptcache.policy.compatibility import Description
+
+    return catalog.best(Description())
+
+
+def _move_to_json(move: "Move", catalog: "Catalog") -> dict[str, Any]:
+    from ckptcache.cli.records import to_json
+
+    record = to_json(catalog.index.checkpoints[move.id], catalog)
+    return {**asdict(move), **{name: record[name] for name in ("group", "iteration", "val_loss", "metrics")}}
+
+
+def _moves(catalog: "Catalog", moves: "Sequence[Move]", best: "Sequence[str | None]") -> Iterator[str]:
     from ckptcache.cli.records import group_letters, id_column
     from ckptcache.cli.tables import Column, table
 
@@ -252,4 +278,17 @@ def _moves(catalog: "Catalog", moves: "Sequence[Move]") -> Iterator[str]:
     yield from table(columns, strong=moved)
     if output.is_terminal():
         yield ""
-        yield f"{len(moved)} of {words.count(len(moves), 'checkpoint')} would move. Nothing was changed."
+        text = f"{len(moved)} of {words.count(len(moves), 'checkpoint')} would move. {_best_line(catalog, best)}"
+        yield from output.wrapped(output.clean(f"{text} Nothing was changed."), "  ", first="")
+
+
+def _best_line(catalog: "Catalog", best: "Sequence[str | None]") -> str:
+    ids = [id for id in best if id is not None]
+    short = words.short_ids(ids, catalog.index.checkpoints, catalog.index.names)
+    if len(ids) < 2:
+        return "None could be resumed from." if not ids else f"The best would be {short[ids[0]]}."
+    return (
+        f"The best stays {short[ids[0]]}."
+        if ids[0] == ids[1]
+        else f"The best would be {short[ids[1]]}, not {short[ids[0]]}."
+    )

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ckptcache import words
 from ckptcache.cli import output
+from ckptcache.contrast import ABSENT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,6 +55,11 @@ def _plain(columns: Sequence[Column]) -> list[str]:
     widths = [max(map(len, cells)) for cells in texts]
     rows = zip(*texts, strict=True)
     return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value in a cell; "" where there is none."""
+    return "" if value is ABSENT else words.value(value)
 
 
 # --- on a terminal -------------------------------------------------------------------------------

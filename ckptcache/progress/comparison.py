@@ -1,9 +1,9 @@
 """The newest session beside the one before it."""
 
-import math
 from collections.abc import Sequence
 
 from ckptcache import words
+from ckptcache.contrast import Pair, rate, relative_change, steps
 from ckptcache.metadata import SessionRecord
 from ckptcache.progress.labels import Labels, ending, iterations
 from ckptcache.progress.markdown import code, table, unbroken, word
@@ -33,21 +33,20 @@ def _rows(new: SessionRecord, old: SessionRecord, labels: Labels) -> list[Sequen
             "iterations",
             unbroken(iterations(new)),
             unbroken(iterations(old)),
-            unbroken(f"{_steps(new) - _steps(old):+d} steps"),
+            unbroken(f"{steps(new) - steps(old):+d} steps"),
         ),
         _loss_row("first val loss", new.first_val_loss, old.first_val_loss),
         _loss_row("last val loss", new.last_val_loss, old.last_val_loss),
         _loss_row("best val loss", new.best_val_loss, old.best_val_loss),
         ("seconds", _seconds(new.seconds), _seconds(old.seconds), change(new.seconds, old.seconds)),
-        ("iterations per second", _seconds(_rate(new)), _seconds(_rate(old)), change(_rate(new), _rate(old))),
+        ("iterations per second", _seconds(rate(new)), _seconds(rate(old)), change(rate(new), rate(old))),
         ("ended", word(ending(new)), word(ending(old)), ""),
     ]
 
 
 def _loss_row(name: str, new: float | None, old: float | None) -> Sequence[str]:
-    amount = ""
-    if new is not None and old is not None and math.isfinite(new - old):
-        amount = f"{'+' if new >= old else '-'}{words.number(abs(new - old))}"
+    difference = Pair(old, new).change
+    amount = "" if difference is None else f"{'+' if difference >= 0 else '-'}{words.number(abs(difference))}"
     return name, words.number(new), words.number(old), unbroken(f"{amount} {_relative(new, old)}".strip())
 
 
@@ -57,21 +56,12 @@ def change(new: float | None, old: float | None) -> str:
 
 
 def _relative(new: float | None, old: float | None) -> str:
-    if new is None or old is None or not old > 0 or not math.isfinite(new / old):
-        return ""
-    return unbroken(f"({(new / old - 1) * 100:+.1f} %)")
+    amount = relative_change(new, old)
+    return "" if amount is None else unbroken(f"({amount * 100:+.1f} %)")
 
 
 def _parent(session: SessionRecord, labels: Labels) -> str:
     return code(labels.short(session.parent)) if session.parent else "a fresh start"
-
-
-def _steps(session: SessionRecord) -> int:
-    return session.end_iteration - session.start_iteration
-
-
-def _rate(session: SessionRecord) -> float | None:
-    return _steps(session) / session.seconds if session.seconds > 0 else None
 
 
 def _seconds(value: float | None) -> str:

@@ -113,9 +113,13 @@ def process(*args: str | Path, **settings: Any) -> subprocess.CompletedProcess[s
 
 def terminal(columns: int, *args: str | Path, typed: bytes = b"", **env: str) -> tuple[int, str]:
     """Run a command on a pseudo-terminal of so many columns; returns its exit code and all that it showed."""
+    return on_terminal(columns, [sys.executable, "-m", "ckptcache.cli", *map(str, args)], typed, **env)
+
+
+def on_terminal(columns: int, command: list[str], typed: bytes = b"", **env: str) -> tuple[int, str]:
+    """Run any program on a pseudo-terminal of so many columns, likewise."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    command = [sys.executable, "-m", "ckptcache.cli", *map(str, args)]
     child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**env))
     os.close(theirs)
     os.write(ours, typed)

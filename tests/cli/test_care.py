@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import time
 import pytest
 
 from ckptcache.cache import TrainingCache
-from cli.conftest import ckptcache_cli, environment, save
+from ckptcache.metadata import SessionRecord
+from cli.conftest import ckptcache_cli, environment, save, terminal
+from tests.caches import listing
 
 # --- stats ---------------------------------------------------------------------------------------
 
@@ -164,6 +167,53 @@ def test_rerank_shows_what_would_move(tmp_path):
     assert ckptcache_cli(*given).stdout.splitlines()[1].split()[:3] == [careful, "2", "1"]
     declared = ckptcache_cli("rerank", "--cache-dir", tmp_path, "--quality-metric", "accuracy=min", "--json")
     assert json.loads(declared.stdout)["settings"] == {"quality_metrics": {"accuracy": "min"}}
+
+
+def test_rerank_counts_places_within_each_group_and_changes_nothing(cli, cli_json, cache):
+    before = listing(cache.folder)
+    given = (
+        "rerank",
+        "--quality-weight-loss",
+        "0",
+        "--quality-weight-metrics",
+        "1",
+        "--quality-metric",
+        "accuracy=min",
+    )
+    found = cli_json(*given)
+    places = {m["id"]: (m["place_before"], m["place_after"]) for m in found["moves"]}
+    assert places[cache.best] == (1, 2)
+    assert places[cache.worst] == (2, 1)
+    assert places[cache.other] == (1, 1)
+    groups = {m["id"]: m["group"] for m in found["moves"]}
+    assert groups[cache.best] == groups[cache.worst] != groups[cache.other]
+    lines = cli(*given).stdout.splitlines()
+    assert lines[0].split()[0] == "group"
+    assert {line.split()[0] for line in lines[1:]} == {"A", "B"}
+    assert listing(cache.folder) == before
+
+
+def test_rerank_says_which_would_be_the_best(tmp_path):
+    with TrainingCache(tmp_path) as cache:
+        careful = save(cache, 1, 1.0, metrics={"accuracy": 0.1})
+        lucky = save(cache, 2, 1.2, metrics={"accuracy": 0.9})
+    given = ("--cache-dir", tmp_path, "rerank", "--quality-weight-loss", "1", "--quality-weight-metrics", "0")
+    found = json.loads(ckptcache_cli(*given, "--json").stdout)
+    assert found["best"] == {"before": lucky, "after": careful}
+    assert found["settings_before"] == {"quality_weight_loss": 0.7, "quality_weight_metrics": 0.3}
+    _, text = terminal(160, *given)
+    assert re.search(
+        r"2 of 2 checkpoints would move. The best would be ckpt_\S+, not ckpt_\S+. Nothing was changed", text
+    )
+    _, text = terminal(120, "--cache-dir", tmp_path, "rerank", "--quality-weight-loss", "0.6")
+    assert "0 of 2 checkpoints would move. The best stays ckpt_" in text
+
+
+def test_rerank_of_an_empty_cache_moves_nothing(tmp_path):
+    with TrainingCache(tmp_path) as cache:
+        cache.record_session(SessionRecord(id="s"))
+    done = ckptcache_cli("--cache-dir", tmp_path, "rerank", "--quality-weight-loss", "0.5", "--json")
+    assert json.loads(done.stdout)["best"] == {"before": None, "after": None}
 
 
 @pytest.mark.parametrize(

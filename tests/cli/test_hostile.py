@@ -41,8 +41,11 @@ INDEXES = {
     "the greatest numbers": lambda index, record: record.update(epoch=1e308, val_loss=1e308, size=2**62),
     "a link in its notes": lambda index, record: record.update(notes="[link=file:///etc/passwd]x[/link]", tags=["[/]"]),
 }
-COMMANDS = ["ls", "ls --all", "show ckpt_", "best", "explain", "sessions", "stats", "doctor", "prune --dry-run"]
-COMMANDS += ["lineage --all", "lineage ckpt_", "rollback ckpt_ --dry-run", "rollback --undo --dry-run"]
+COMMANDS = [
+    *("ls", "ls --all", "show ckpt_", "best", "explain", "sessions", "stats", "doctor", "prune --dry-run"),
+    *("lineage --all", "lineage ckpt_", "rollback ckpt_ --dry-run", "rollback --undo --dry-run"),
+    *("diff ckpt_ ckpt_", "rerank --quality-weight-loss 0.5"),
+]
 
 
 @pytest.fixture(scope="module")

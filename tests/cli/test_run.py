@@ -12,6 +12,7 @@ from cli.conftest import ckptcache_cli, environment, process
 READING = [
     *("ls", "ls --all", "show best", "best", "explain", "sessions", "stats", "doctor --no-verify", "prune --dry-run"),
     "rerank --quality-weight-loss 0.5",
+    "compare latest sess_a",
 ]
 MARKING = ["pin best", "unpin best", "name best slot", "unname slot", "tag best x", "note best x"]
 
