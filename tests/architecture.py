@@ -18,7 +18,7 @@ FLOORS = {
     2: ("storage", "policy", "state", "history"),
     3: (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
-        *("checkup", "transfer", "cache"),
+        *("checkup", "transfer", "backup", "unpacking", "cache"),
     ),
     4: (
         *("curves", "tally", "checkpointing", "signals", "startup", "session", "trainer", "display"),
@@ -32,7 +32,7 @@ STAIRS = (
     ("errors", "values", "config", "metadata"),
     (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
-        *("checkup", "transfer", "cache"),
+        *("checkup", "transfer", "backup", "unpacking", "cache"),
     ),
     ("curves", "tally", "checkpointing", "signals", "startup", "session", "trainer", "display", "workflow"),
 )

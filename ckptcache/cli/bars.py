@@ -1,4 +1,4 @@
-"""A bar while files are verified."""
+"""A bar while files are verified or copied."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ _MANY_BYTES = 500_000_000
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(doing: str = "verifying") -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr, if that is a terminal and there is much to read."""
     if not sys.stderr.isatty():
         yield None
@@ -17,9 +17,9 @@ def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, calls = bar.add_task("verifying", total=None), 0
+    task, calls = bar.add_task(doing, total=None), 0
 
     def progress(done: int, total: int) -> None:
         nonlocal calls
