@@ -157,7 +157,7 @@ def _checked(catalog: Catalog, theirs: Index, path: Path, combine: bool) -> Cata
         raise CacheNotEmpty(path=catalog.root, what=what)
     for id in sorted(ours.checkpoints.keys() & theirs.checkpoints.keys()):
         digests = {ours.checkpoints[id].digest, theirs.checkpoints[id].digest} - {None}
-        if len(digests) > 1 or id in strangers:
+        if len(digests) > 1:
             raise RestoreFailed(path=path, folder=catalog.root, reason=f"{id} is another checkpoint there")
     return catalog
 
@@ -234,13 +234,14 @@ def _published(ledger: Ledger, backup: Archive, theirs: Index, temps: Temps, com
     brought = {m.id for m in _files(backup)}
     with ledger.change() as change:
         before = _checked(change.catalog(), theirs, backup.path, combine)
-        available, damaged = set(change.observed.available), dict(change.observed.damaged)
+        available, in_the_way = set(change.observed.available), dict(change.observed.damaged)
+        in_the_way |= dict.fromkeys(change.observed.unrecorded, "a backup brought a checkpoint of this id")
         index = combined(before.index, theirs, available, brought)
         added = sorted(id for id in temps if id not in available and index.checkpoints[id].decision is None)
         with _kept_if_committed(ledger, added):
             for id in added:
-                if id in damaged:
-                    quarantine(layout.locate(id), layout, reason=damaged[id])
+                if id in in_the_way:
+                    quarantine(layout.locate(id), layout, reason=in_the_way[id])
                 temps[id].publish()
             fs.sync_folder(layout.checkpoints)
             change.absorb(Index(), index)

@@ -269,6 +269,17 @@ def test_nothing_that_is_there_is_decided_against(mine, theirs, revision, is_her
     assert serialise(combined(both, other, here, brought)) == serialise(both), "once more changes nothing"
 
 
+def test_a_file_that_nothing_records_is_set_aside_for_one_of_its_id(source, target):
+    save(target, 9.0)
+    file_of(target, source.best).write_bytes(b"somebody's")
+    with pytest.raises(CacheNotEmpty, match="2 checkpoints"):
+        target.restore_backup(source.path)
+    assert source.best in target.restore_backup(source.path, merge=True).added
+    assert (target.cache_dir / "quarantine" / f"{source.best}.pt").read_bytes() == b"somebody's"
+    assert target.load(source.best)["w"].tolist() == [1.0] * 4
+    assert tidy_and_sound(target)
+
+
 # --- between commit and final names --------------------------------------------------------------
 
 
