@@ -359,6 +359,21 @@ def test_a_cache_that_cannot_be_written_is_backed_up(cache, tmp_path):
     assert as_nobody(body) == 0
 
 
+def test_what_was_restored_is_read_where_nothing_can_be_written(cache, tmp_path):
+    let_in(tmp_path)
+    other = restored(cache.backup(tmp_path / "all.tar").path, tmp_path / "new")
+    other.close()
+    for path in (other.cache_dir, *other.cache_dir.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def body() -> None:
+        there = TrainingCache(tmp_path / "new")
+        assert there.load("best")["w"].tolist() == [1.0] * 4
+        assert there.names() == cache.names()
+
+    assert as_nobody(body) == 0
+
+
 def test_neither_way_needs_torch(cache, tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"

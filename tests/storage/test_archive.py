@@ -273,6 +273,8 @@ def hostile_names(whole: bytes) -> Iterator[tuple[str, bytes]]:
     above = ("../x.pt", "checkpoints/../../x.pt", "/tmp/x.pt", "checkpoints//x.pt", "./checkpoints/x.pt", "..")
     odd = ("checkpoints/.pt", "checkpoints/A.pt", "checkpoints/a b.pt", "checkpoints/a\n.pt", "checkpoints/é.pt")
     own = ("metadata.json.lock", "sessions/x.lock", "data/x", "quarantine/x.pt", "x.pt", ".bashrc", "checkpoints/x")
+    last = members(whole)[-1][0].id
+    above += (f"../{last}.pt", f"/tmp/{last}.pt", f"checkpoints/../{last}.pt", f"sessions/{last}.pt", f"{last}.pt")
     ids = (f"checkpoints/{'a' * 129}.pt", "checkpoints/a..b.pt", "checkpoints/x.pt.restored", "", 7, None, ["x"])
     for name in (*above, *odd, *own, *ids):
         yield f"named {name!r}"[:60], renamed(whole, name)
@@ -308,6 +310,8 @@ def hostile_headers(whole: bytes) -> Iterator[tuple[str, bytes]]:
     padded[-1024 - (-last.size % BLOCK)] = 1
     yield "something in the padding", bytes(padded)
     yield "a member between", built([*found, (described("sidecar", b"{}", ID), b"{}")])
+    yield "a checkpoint twice", built([*found, found[-1]])
+    yield "the index twice", built([*found, found[0]])
     yield "by another tar", _by_tarfile(whole)
     yield "compressed", b"\x1f\x8b" + whole
     yield "a first header with a giant size", header(MANIFEST, 8**11 - 1, MADE_AT) + whole[BLOCK:]
