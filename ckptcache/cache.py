@@ -28,9 +28,11 @@ from ckptcache.values import jsonable, texts
 from ckptcache.values import text as as_text
 
 if TYPE_CHECKING:
+    from ckptcache.backup import Backup
     from ckptcache.drafting import Draft
     from ckptcache.restoring import Restored
     from ckptcache.saving import Saver
+    from ckptcache.unpacking import Unpacked
 
 log = logging.getLogger("ckptcache")
 
@@ -585,6 +587,55 @@ class TrainingCache:
         record = self.save(state, **{**found, **described})
         assert record is not None  # noqa: S101 - only `if_improved` gives None
         return record
+
+    def backup(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Backup":
+        """Write the whole cache to one file: the index and every checkpoint that is there, as they are at one instant.
+
+        Others may train in it meanwhile. A damaged checkpoint is left out and named in the answer.
+
+        Args:
+            path: the file, a plain tar; it is there once all of it is durable.
+            overwrite: whether a file that is there already may be replaced.
+            progress: called with the bytes read so far and the bytes in all.
+
+        Raises:
+            CacheNotFound: there is nothing to back up.
+            BackupFailed: the file is there already, has no place there, or the disk refuses.
+        """
+        from ckptcache.backup import back_up
+
+        self._finish_own()
+        return back_up(self.ledger, Path(path), overwrite=overwrite, progress=progress)
+
+    def restore_backup(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        merge: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Unpacked":
+        """Restore a backup into this cache's folder, which need not be there: all of it, or nothing.
+
+        Args:
+            path: what `backup` wrote; verified to the last byte before anything of it is put anywhere.
+            merge: whether the folder may hold checkpoints of its own, to which those that it lacks are added.
+            progress: called with the bytes read so far and the bytes in all.
+
+        Raises:
+            NotABackup, BackupDamaged, BackupTooNew: it can't be trusted or read; nothing was written.
+            CacheNotEmpty: the folder holds checkpoints or sessions of its own, and `merge` is off.
+            RestoreFailed, CacheDirNotWritable: the disk refuses, or both have another checkpoint of the same id.
+        """
+        from ckptcache.unpacking import unpack
+
+        self._finish_own()
+        return unpack(self.ledger, Path(path), combine=merge, progress=progress)
 
 
 def _call(function: Callable[[Mapping[str, str]], None] | None, evicted: Mapping[str, str]) -> None:

@@ -197,6 +197,39 @@ class ExportFailed(CkptCacheError):
     """{id} could not be exported to {path}: {reason}. Correct that, or export to another path."""
 
 
+# --- backups -------------------------------------------------------------------------------------
+
+
+class BackupFailed(CkptCacheError):
+    """The cache {cache} could not be backed up to {path}: {reason}. Correct that, or choose another file."""
+
+
+class NotABackup(CkptCacheError):
+    """{path} is not a backup that can be read: {reason}. Name a file that `ckptcache backup` wrote."""
+
+
+class BackupDamaged(CkptCacheError):
+    """The backup {path} is damaged: {reason}. Nothing was restored from it; choose another one, or copy it again
+    from where it is whole."""
+
+    exit_code = 4
+
+
+class BackupTooNew(CkptCacheError):
+    """The backup {path} is of a later version ({what} {found}, and this ckptcache knows {known}): install a newer
+    ckptcache."""
+
+
+class CacheNotEmpty(CkptCacheError):
+    """{path} holds {what} of its own, and a backup is restored into a folder without any: choose another folder with
+    --cache-dir, or add what is missing there with --merge."""
+
+
+class RestoreFailed(CkptCacheError):
+    """{path} could not be restored into {folder}: {reason}. What was there before is untouched; correct that, or
+    choose another folder."""
+
+
 # --- sessions ------------------------------------------------------------------------------------
 
 

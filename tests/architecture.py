@@ -18,7 +18,7 @@ FLOORS = {
     2: ("storage", "policy", "state", "history"),
     3: (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
-        *("checkup", "transfer", "cache", "contrast", "difference", "diffing"),
+        *("checkup", "transfer", "backup", "unpacking", "cache", "contrast", "difference", "diffing"),
     ),
     4: (
         *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),
@@ -33,7 +33,7 @@ STAIRS = (
     ("errors", "values", "config", "metadata"),
     (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
-        *("checkup", "transfer", "cache", "contrast", "difference", "diffing"),
+        *("checkup", "transfer", "backup", "unpacking", "cache", "contrast", "difference", "diffing"),
     ),
     (
         *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),

@@ -1,4 +1,4 @@
-"""A bar while files are verified, or compared."""
+"""A bar while files are verified, compared or copied."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ def progress_bar(doing: str = "verifying", *, many: int = _MANY_FILES) -> Iterat
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task, calls = bar.add_task(doing, total=None), 0
 

@@ -70,7 +70,7 @@ class Entry:
     mtime_ns: int
 
 
-def scan(folder: Path, *, ending: str = "") -> dict[str, Entry]:
+def scan(folder: Path, *, ending: str | tuple[str, ...] = "") -> dict[str, Entry]:
     """The regular files directly in `folder`, by name; links are left out, a missing folder is empty."""
     found = {}
     for item in _items(folder):

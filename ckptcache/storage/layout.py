@@ -5,6 +5,10 @@ from pathlib import Path
 from ckptcache.metadata import check_id
 from ckptcache.storage import fs
 
+WAITING = ".restored"
+"""Behind the name of a checkpoint file that a backup brought: it counts once the index names it, and is never adopted.
+So the commit of the index is what makes all of a backup count at one instant."""
+
 
 class Layout:
     """The paths of one cache folder."""
@@ -25,6 +29,10 @@ class Layout:
         """The file of a checkpoint."""
         return self.checkpoints / f"{check_id(id)}.pt"
 
+    def waiting(self, id: str) -> Path:
+        """Where the file of a checkpoint is that a backup brought, until it gets its final name."""
+        return self.checkpoints / f"{check_id(id)}.pt{WAITING}"
+
     def sidecar(self, id: str) -> Path:
         """The record of a checkpoint, beside its file."""
         return self.checkpoints / f"{check_id(id)}.json"
@@ -39,12 +47,16 @@ class Layout:
 
     def locate(self, id: str) -> Path:
         """Where the file of a checkpoint is: the oldest layout also kept files beside the index."""
-        path, beside = self.checkpoint(id), self.root / f"{id}.pt"
-        return beside if not path.exists() and beside.is_file() else path
+        path = self.checkpoint(id)
+        if path.exists():
+            return path
+        return next((other for other in (self.root / f"{id}.pt", self.waiting(id)) if other.is_file()), path)
 
     def files(self) -> dict[str, fs.Entry]:
         """The checkpoint files that are there, by id."""
-        found = {**fs.scan(self.root, ending=".pt"), **fs.scan(self.checkpoints, ending=".pt")}
+        there = fs.scan(self.checkpoints, ending=(".pt", WAITING))
+        waiting = {n.removesuffix(WAITING): there.pop(n) for n in list(there) if n.endswith(WAITING)}
+        found = {**waiting, **fs.scan(self.root, ending=".pt"), **there}
         return {name.removesuffix(".pt"): entry for name, entry in found.items()}
 
     def file_ids(self) -> set[str]:

@@ -18,7 +18,7 @@ from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, NotA
 from ckptcache.metadata import CheckpointMetadata, is_valid_id
 from ckptcache.storage import fs, locks
 from ckptcache.storage.index import INDEX_NAME, Index, IndexFile, parse, read_index_bytes, serialise
-from ckptcache.storage.layout import Layout
+from ckptcache.storage.layout import WAITING, Layout
 
 _SUMMARY_TEMP = re.compile(r"training_summary\.json\.writer_[0-9a-f]{12}\.tmp")
 """Beside the index lie a user's files too: only a name that this package gives is taken for its own."""
@@ -51,6 +51,8 @@ class Observed:
     """Files without record or sidecar; the record inside them can still be read."""
     leftovers: dict[Path, str] = field(default_factory=dict)
     """What a crash or an eviction left behind, with what it is."""
+    waiting: list[str] = field(default_factory=list)
+    """Available checkpoints whose files a backup brought and a crash kept from their final names."""
     condemned: dict[Path, str] = field(default_factory=dict)
     """Files that a crash kept from quarantine after it was decided, with the reason."""
 
@@ -196,12 +198,23 @@ def _find_leftovers(seen: Observed, index: Index, layout: Layout) -> None:
     for name in found:
         if name.endswith(".json") and (what := _leftover_sidecar(name.removesuffix(".json"), index, found)):
             seen.leftovers[layout.checkpoints / name] = what
+        if name.endswith(WAITING):
+            _find_waiting(seen, layout.checkpoints / name, index)
     beside = [name for name in fs.names(layout.root) if name.startswith(INDEX_NAME) or _SUMMARY_TEMP.fullmatch(name)]
     folders = ((layout.checkpoints, found), (layout.root, beside), (layout.quarantine, fs.names(layout.quarantine)))
     for folder, names in folders:
         for name in names:
             if name.endswith(fs.TEMP_SUFFIX) and writer_state(layout, name) == "dead":
                 seen.leftovers[folder / name] = "a file that a process died while writing"
+
+
+def _find_waiting(seen: Observed, path: Path, index: Index) -> None:
+    """What a backup brought is no one's until the index names it: whoever holds the lock may remove it."""
+    id = path.name.removesuffix(WAITING).removesuffix(".pt")
+    if id not in index.checkpoints or path.with_name(f"{id}.pt").exists():
+        seen.leftovers[path] = "a file of a backup whose restoring came to no end"
+    elif id in seen.available:
+        seen.waiting.append(id)
 
 
 def _leftover_sidecar(id: str, index: Index, found: Collection[str]) -> str | None:
@@ -246,6 +259,9 @@ def tidy(seen: Observed, file: IndexFile, layout: Layout) -> list[Path]:
         if name.startswith(file.path.name) and name.endswith(fs.TEMP_SUFFIX)
     ]
     removed = [path for path in (*seen.leftovers, *stale) if _removed(path, layout)]
+    for id in seen.waiting:
+        with suppress(OSError):
+            fs.move(layout.waiting(id), layout.checkpoint(id))
     for path, reason in seen.condemned.items():
         with suppress(OSError, CkptCacheError):
             quarantine(path, layout, reason=reason)

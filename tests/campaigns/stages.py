@@ -13,7 +13,7 @@ import torch
 from ckptcache import TrainingCache
 from ckptcache.errors import SaveFailed
 from ckptcache.metadata import ROLLBACK, CheckpointMetadata, SessionRecord
-from ckptcache.storage import locks
+from ckptcache.storage import archive, locks
 from ckptcache.storage.index import IndexFile
 from tests.caches import file_of, flip, ids, save, temporary_files, tiny
 from tests.faults import CountingSystem, swapped
@@ -115,6 +115,62 @@ def roll_back_and_follow(cache: TrainingCache) -> None:
     save(cache, 2.5, iteration=2, parents=[roll_back(cache)])
 
 
+def make_backup(cache: TrainingCache) -> None:
+    """Of another cache, beside this one; this one stays as it is."""
+    with TrainingCache(cache.cache_dir.parent / "source") as source:
+        records = [save(source, loss, iteration=7) for loss in (4.0, 1.5)]
+        source.name("best", "slot-1")
+        source.name(records[0].id, "slot-9")
+        source.record_session(SessionRecord(id="sess_source"))
+        source.backup(cache.cache_dir.parent / "source.tar")
+
+
+def make_and_fill(cache: TrainingCache) -> None:
+    make_backup(cache)
+    fill(cache)
+
+
+def restore_backup(cache: TrainingCache) -> None:
+    cache.restore_backup(cache.cache_dir.parent / "source.tar", merge=True)
+
+
+def back_up(cache: TrainingCache) -> None:
+    cache.backup(cache.cache_dir.parent / "all.tar", overwrite=True)
+
+
+def check_backup(stage: "Stage") -> None:
+    """Nothing under the final name, or all of it; the next one goes through, and nothing is left of the last."""
+    file = stage.folder.parent / "all.tar"
+    if file.exists():
+        with archive.opened(file) as backup:
+            backup.verify()
+    with opened(stage.folder) as cache:
+        back_up(cache)
+    assert [path.name for path in file.parent.glob("all.tar*")] == ["all.tar"]
+    file.unlink()
+
+
+def check_restored(stage: "Stage") -> None:
+    """All of it counts, or nothing does; the next attempt goes through."""
+    with TrainingCache(stage.folder.parent / "source") as source:
+        brought, names = set(ids(source.checkpoints())), source.names()
+    own = names if not stage.names else {**names, **stage.names}
+    with opened(stage.folder) as cache:
+        there, known = set(ids(cache.checkpoints())), set(ids(cache.checkpoints(everything=True)))
+        is_there = bool(known & brought)
+        assert there & brought == known & brought == (brought if is_there else set()), "a part of it counts"
+        assert cache.names() == (own if is_there else stage.names)
+        assert ("sess_source" in {s.id for s in cache.sessions()}) == is_there
+        restore_backup(cache)
+        assert set(ids(cache.checkpoints())) == stage.acknowledged.keys() | brought
+        assert cache.names() == own
+    assert temporary_files(stage.folder) == []
+    assert list(stage.folder.rglob("*.restored")) == []
+    assert {f.subject for f in opened(stage.folder).doctor()} == stage.unsigned()
+    with opened(stage.folder) as cache:
+        cache.unname("slot-9")  # or more would be protected than the limit allows
+
+
 # What is there before, and what is then cut short.
 SCENARIOS: dict[str, tuple[Act, Act]] = {
     "a save that evicts": (fill, new_best),
@@ -130,9 +186,21 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "a rollback": (fill_two_branches, roll_back),
     "a rollback that is followed": (fill_two_branches, roll_back_and_follow),
     "a repair": (break_index, lambda cache: cache.doctor(repair=True)),
+    "a backup": (fill, back_up),
+    "a backup restored": (make_backup, restore_backup),
+    "a backup merged": (make_and_fill, restore_backup),
+}
+# What must hold besides, before anything else is done.
+CHECKS: dict[str, Callable[["Stage"], None]] = {
+    "a backup": check_backup,
+    "a backup restored": check_restored,
+    "a backup merged": check_restored,
 }
 # What pins and names, or has to do with the generation before.
-CHANGING_MARKS = ("pins, names and tags", "pruning", "a save over a broken index", "a repair")
+CHANGING_MARKS = (
+    *("pins, names and tags", "pruning", "a save over a broken index", "a repair"),
+    *("a backup restored", "a backup merged"),
+)
 
 
 class Stage:
@@ -144,6 +212,7 @@ class Stage:
         self.template, self.folder = folder / "template", folder / "cache"
         with opened(self.template) as cache:
             prepare(cache)
+        self.check_more = CHECKS.get(scenario)
         self.keeps_marks = scenario not in CHANGING_MARKS
         found = [r for r in opened(self.template).checkpoints() if r.session != DISCARDED]
         self.acknowledged, self.names = {r.id: r for r in found}, opened(self.template).names()
@@ -163,6 +232,8 @@ class Stage:
 
     def check(self) -> None:
         """Everything acknowledged is there and sound, or evicted for something better; then all works, and is tidy."""
+        if self.check_more is not None:
+            self.check_more(self)
         cache = opened(self.folder)
         there, records = set(ids(cache.checkpoints())), {r.id: r for r in cache.checkpoints(everything=True)}
         for id in self.acknowledged.keys() - self.spoilt:

@@ -11,7 +11,8 @@ from tests.campaigns.stages import SCENARIOS, Stage, opened
 from tests.faults import KillingSystem, run_child
 
 CAMPAIGN = "kills"
-EVERY = [pytest.param(n, marks=[pytest.mark.campaign] if i > 1 else []) for i, n in enumerate(SCENARIOS)]
+SHORT = ("a save that evicts", "the first save", "a backup", "a backup merged")
+EVERY = [pytest.param(n, marks=[] if n in SHORT else [pytest.mark.campaign]) for n in SCENARIOS]
 
 
 def killed_everywhere(stage: Stage, *, torn: bool, variant: variants.Variant = nullcontext) -> int:
@@ -46,6 +47,18 @@ def test_nothing_acknowledged_is_lost_by_a_kill_at_any_operation(quick_path, cou
 @pytest.mark.timeout(600)
 def test_a_kill_shows_an_order_that_is_wrong(quick_path, counted, variant):
     stage = Stage(quick_path, "a save that evicts")
+    with pytest.raises((AssertionError, CkptCacheError)):
+        killed_everywhere(stage, torn=False, variant=variant)
+    counted.caught(CAMPAIGN, variants.name_of(variant))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "variant"),
+    [("a backup", variants.keeping_half_backups), ("a backup merged", variants.restoring_file_by_file)],
+)
+@pytest.mark.timeout(600)
+def test_a_kill_shows_a_backup_that_is_careless(quick_path, counted, scenario, variant):
+    stage = Stage(quick_path, scenario)
     with pytest.raises((AssertionError, CkptCacheError)):
         killed_everywhere(stage, torn=False, variant=variant)
     counted.caught(CAMPAIGN, variants.name_of(variant))

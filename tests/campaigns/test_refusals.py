@@ -63,6 +63,26 @@ def test_a_save_that_is_refused_at_any_operation_says_so_and_leaves_the_old_set_
     counted(CAMPAIGN, "failing operations", len(tries(count, everything)))
 
 
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("scenario", ["a backup", "a backup restored", "a backup merged"])
+@pytest.mark.timeout(600)
+def test_a_backup_that_is_refused_at_any_operation_either_way_says_so_and_is_made_again(
+    quick_path, counted, scenario, lasting
+):
+    stage, failed = Stage(quick_path, scenario), 0
+    points = tries(len(stage.operations()), everything=False)
+    for at, error in points:
+        caught = refused(stage, at, error, lasting=lasting)
+        if caught is not None:
+            failed += 1
+            assert len(str(caught)) > 40
+        if not lasting:
+            assert temporary_files(quick_path) == []
+        stage.check()
+    assert failed > len(points) // 3, "what fails after the commit is survived; everything before it is not"
+    counted(CAMPAIGN, "failing operations", len(points))
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
 @pytest.mark.parametrize("lasting", [False, True])

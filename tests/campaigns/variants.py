@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from ckptcache import ledger, restoring
+from ckptcache import backup, ledger, restoring, unpacking
 from ckptcache.catalog import Catalog
 from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata
@@ -22,6 +22,8 @@ from ckptcache.signals import SignalWatch
 from ckptcache.state import staging
 from ckptcache.state.arena import Arena
 from ckptcache.storage import fs, locks, ptfile, reconcile
+from ckptcache.storage.archive import Archive
+from ckptcache.storage.manifest import Member
 from tests.faults import swapped
 
 Variant = Callable[[], AbstractContextManager[None]]
@@ -80,6 +82,29 @@ def evicting_before_the_commit() -> Iterator[None]:
 def keeping_leftovers() -> Iterator[None]:
     """Nobody cleans up what the dead left behind."""
     with patch.object(ledger, "tidy", lambda *_: []):
+        yield
+
+
+@contextmanager
+def keeping_half_backups() -> Iterator[None]:
+    """The next backup leaves alone what the last one was killed at."""
+    with patch.object(backup, "_remove_leftovers", lambda *_: None):
+        yield
+
+
+@contextmanager
+def restoring_file_by_file() -> Iterator[None]:
+    """Each of a backup's files is a checkpoint as soon as it is there."""
+    copy = unpacking._copy
+
+    def eager(owner: Ledger, archive: Archive, member: Member, temps: unpacking.Temps, progress: Any) -> None:
+        copy(owner, archive, member, temps, progress)
+        index, sidecar = unpacking._index_of(archive), owner.layout.sidecar(member.id)
+        fs.write_atomically(sidecar, reconcile.sidecar_bytes(index.checkpoints[member.id], index), writer=owner.writer)
+        temps.pop(member.id).publish()
+        fs.move(owner.layout.waiting(member.id), owner.layout.checkpoint(member.id))
+
+    with patch.object(unpacking, "_copy", eager):
         yield
 
 
