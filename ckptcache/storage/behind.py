@@ -38,7 +38,7 @@ class _Worker(Generic[T]):
 
     def stop(self) -> None:
         """Wait for what was handed on, whatever came of it."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:
             self._items.put(None)
             self._thread.join()
 
@@ -70,8 +70,8 @@ def behind(work: Callable[[T], object]) -> Iterator[Callable[[T], None]]:
     no thread can be started, `work` is done at once.
     """
     worker = _Worker(work)
-    worker.start()
     try:
+        worker.start()  # in here: an interrupt right after it would leave a thread that waits for ever
         yield worker.put
     except BaseException:
         worker.stop()

@@ -29,7 +29,7 @@ CORPUS = Corpus(
 )
 
 
-def made(cache, *, n_embd=16, dropout=0.1, callbacks=(), resume="best", **settings):
+def made(cache, *, n_embd=16, dropout=0.1, callbacks=(), resume="best", keeps=False, **settings):
     config = NanEchoConfig(
         n_layer=1, n_head=2, n_embd=n_embd, block_size=16, vocab_size=128, dropout=dropout, connection_ratio=0.4
     )
@@ -44,7 +44,15 @@ def made(cache, *, n_embd=16, dropout=0.1, callbacks=(), resume="best", **settin
         "device": "cpu",
         **settings,
     }
-    return CachedNanEchoTrainer(config, TrainingSettings(**given), CORPUS, cache, callbacks=callbacks, resume=resume)
+    return CachedNanEchoTrainer(
+        config,
+        TrainingSettings(**given),
+        CORPUS,
+        cache,
+        callbacks=callbacks,
+        resume=resume,
+        keep_saved_learning_rate=keeps,
+    )
 
 
 def masks_of(model):
@@ -204,3 +212,59 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(device):
 def test_the_device_that_is_there_is_taken():
     assert pick_device("cpu") == "cpu"
     assert torch.device(pick_device("auto"))
+
+
+# --- the learning rate at a resume ---------------------------------------------------------------
+
+NO_WARMUP = {"warmup_iters": 0, "decay_iters": 1000}
+
+
+@pytest.mark.parametrize(
+    ("keeps", "rate", "said"),
+    [
+        (True, 2e-3, "learning_rate is 0.002, as saved; the default is 0.005 (--learning_rate changes it)"),
+        (False, 5e-3, "learning_rate is 0.005, as asked; saved was 0.002"),
+    ],
+    ids=["kept", "asked for"],
+)
+def test_a_saved_learning_rate_is_kept_or_overridden_and_both_are_said(tmp_path, caplog, keeps, rate, said):
+    made(cache_at(tmp_path), max_iters=5, learning_rate=2e-3, **NO_WARMUP).train()
+    with caplog.at_level("INFO"):
+        trainer = made(cache_at(tmp_path), max_iters=6, learning_rate=5e-3, keeps=keeps, **NO_WARMUP)
+        trainer.train()
+    assert said in caplog.messages
+    assert not any("overrides=" in message for message in caplog.messages)
+    expected = learning_rate_at(5, TrainingSettings(learning_rate=rate, **NO_WARMUP))
+    assert cache_at(tmp_path).get("latest").learning_rate[0] == pytest.approx(expected)
+
+
+def test_a_learning_rate_below_the_lowest_that_was_asked_for_takes_that_along(tmp_path):
+    made(cache_at(tmp_path), max_iters=5, learning_rate=1e-4, **NO_WARMUP).train()
+    settings = {"learning_rate": 5e-3, "min_learning_rate": 1e-3, **NO_WARMUP}
+    made(cache_at(tmp_path), max_iters=6, keeps=True, **settings).train()
+    assert cache_at(tmp_path).get("latest").learning_rate[0] == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_schedule_is_lowered_when_training_has_diverged_twice_and_stays_so(tmp_path, keeps):
+    class Explode(Callback):
+        calls = 0
+
+        def before_step(self, trainer, iteration):
+            if iteration == 7 and Explode.calls < 2:
+                Explode.calls += 1
+                trainer.model.wte.weight.data.fill_(float("nan"))
+
+    made(cache_at(tmp_path), max_iters=5, learning_rate=2e-3, **NO_WARMUP).train()
+    options = {"learning_rate": 2e-3, "keeps": keeps, "callbacks": [Explode()], **NO_WARMUP}
+    summary = made(cache_at(tmp_path), max_iters=12, **options).train()
+    assert (summary["stop_reason"], summary["end_iteration"]) == ("finished", 12)
+    cache = cache_at(tmp_path)
+    assert [(s.start_iteration, s.stop_reason) for s in cache.sessions()] == [
+        (0, "finished"),
+        *[(5, "diverged")] * 2,
+        (5, "finished"),
+    ]
+    assert cache.get("latest").learning_rate[0] == pytest.approx(2e-4, rel=1e-3)
+    made(cache_at(tmp_path), max_iters=13, learning_rate=2e-3, keeps=True, resume="latest", **NO_WARMUP).train()
+    assert cache_at(tmp_path).get("latest").learning_rate[0] == pytest.approx(2e-4, rel=1e-3)
