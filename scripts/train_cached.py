@@ -165,7 +165,10 @@ def run(options: dict[str, Any]) -> int:
     code = train(trainer)
     summary = trainer.session.summary()
     say_summary(summary, console)
-    say_commands(summary, options, console)
+    if recoveries := trainer.session.recoveries:
+        times = "once" if recoveries == 1 else f"{recoveries} times"
+        say(console, f"went back to a good checkpoint {times}, because the loss had diverged")
+    say_commands(summary, options, console, keep_learning_rate=recoveries == 0)
     if options.get("json"):
         sys.stdout.write(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode() + "\n")
     return code
@@ -249,10 +252,14 @@ def number(loss: float | str) -> str:
     return loss if isinstance(loss, str) else f"{loss:.4f}"
 
 
-def say_commands(summary: Mapping[str, Any], options: Mapping[str, Any], console: Console) -> None:
+def say_commands(
+    summary: Mapping[str, Any], options: Mapping[str, Any], console: Console, *, keep_learning_rate: bool
+) -> None:
     """What is to be typed in the same folder to go on, and to look."""
     command = os.environ.get(STARTER) or shlex.join([interpreter(), sys.argv[0]])
-    arguments = arguments_to_go_on(sys.argv[1:], summary, options)
+    # One that was too high has been lowered, and is saved so; on the command line it would win again.
+    given = sys.argv[1:] if keep_learning_rate else without(sys.argv[1:], "learning_rate", values=1)
+    arguments = arguments_to_go_on(given, summary, options)
     say(console, "go on:  " + " ".join([command, *map(shlex.quote, arguments)]))
     say(console, f"look:   {command_line_tool()} --cache-dir {shlex.quote(summary['cache_dir'])} ls")
 
