@@ -13,8 +13,10 @@ from typing import Any, Self
 
 import orjson
 
+from ckptcache import trace
 from ckptcache.cache import TrainingCache
 from ckptcache.checkpointing import SURVIVABLE, Checkpointer
+from ckptcache.config import in_scratch
 from ckptcache.environment import environment
 from ckptcache.errors import (
     CkptCacheError,
@@ -100,11 +102,12 @@ class TrainingSession:
         self.configs: dict[str, Any] = {
             name: None if value is None else plain_config(value, name) for name, value in configs.items()
         }
-        self.resume = resume
+        self._trace = trace.from_environment()
+        self.resume = self._trace.policy(resume)
         self.seed = seed
         self.checkpoint_interval = checkpoint_interval
         self.max_seconds = max_seconds
-        self.summary_path = Path(summary_path) if summary_path else cache.cache_dir / SUMMARY_NAME
+        self.summary_path = Path(in_scratch(os.fspath(summary_path or cache.cache_dir / SUMMARY_NAME)))
         self._objects: dict[str, Any] = {}
         standard = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "loader": loader}
         for name, value in {**{k: v for k, v in standard.items() if v is not None}, **objects}.items():
@@ -188,6 +191,7 @@ class TrainingSession:
             raise
         self._state = "open"
         announce(self._startup, self.cache.last_warned)
+        self._trace.opened(self._objects, self._startup)
         return self
 
     def _start(self) -> None:
@@ -271,6 +275,7 @@ class TrainingSession:
     def _close(self) -> None:
         self._final = dataclasses.replace(self.record, ended_at=utc_now())
         self._shut()
+        self._trace.end(self.iteration, self._stop_reason)
         try:
             self.cache.record_session(self._final)
             self._write_summary()
@@ -355,6 +360,7 @@ class TrainingSession:
         self._begin_steps(end)
         while self.iteration < end and not self._is_over():
             step = self._counter.begin()
+            self._trace.begin()
             try:
                 yield step
             except GeneratorExit:
@@ -383,6 +389,9 @@ class TrainingSession:
             self._owes_interval = True
             if not is_last:
                 self._save_interval()
+        self._trace.step(
+            self.iteration, save=lambda: self._offer("interval"), settle=self._saves.collect, stop=self.stop
+        )
 
     def _save_interval(self) -> None:
         self._owes_interval = False
@@ -426,6 +435,7 @@ class TrainingSession:
         Raises InvalidValue for what is not one number.
         """
         self._tally.curves.add(self.iteration, values)
+        self._trace.log(values)
 
     def latest(self, name: str) -> float | None:
         """The last value that was logged under `name`; None without one."""
@@ -461,6 +471,7 @@ class TrainingSession:
         """Note an evaluation at this iteration, without offering a checkpoint; InvalidValue for what is no number."""
         self._check_open()
         self._tally.evaluated(self.iteration, val_loss, metrics or {})
+        self._trace.log({**({} if val_loss is None else {"val_loss": val_loss}), **(metrics or {})})
 
     # --- saving ----------------------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ SAMPLES = {
     "ExportFailed": {"id": ID, "path": PATH, "reason": "it exists"},
     "SessionClosed": {"session": "sess_1"},
     "DuplicateName": {"name": "model"},
+    "NothingToProve": {"reason": "no session was opened; name a command that opens one"},
+    "ProofFailed": {"run": "undisturbed run", "reason": "it ended with 1"},
     "DataNotFound": {"path": PATH, "reason": "it is empty"},
     "DataTooSmall": {"path": PATH, "tokens": 10, "needed": 65},
     "TokenOutOfRange": {"path": PATH, "token": 300, "last": 255, "needed": 301},
@@ -88,7 +90,7 @@ SAYS_WHAT_TO_DO = (
         "make one",
     ),
 )
-THE_CALLER_SAYS = {"CkptCacheError", "InvalidValue", "NotSavable", "DataNotFound"}
+THE_CALLER_SAYS = {"CkptCacheError", "NothingToProve", "InvalidValue", "NotSavable", "DataNotFound"}
 """Their reason or remedy, given where they are raised, is the way out."""
 
 
