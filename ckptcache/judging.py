@@ -12,6 +12,7 @@ from ckptcache.proof import (
     GENERATOR,
     LOADER,
     LOGGED,
+    MODEL,
     OPTIMIZER,
     OTHER,
     UNREGISTERED,
@@ -173,7 +174,13 @@ def _just_after(killed: Runs, session: SessionTrace) -> Difference | None:
     if not found:
         return None
     when = f"right after the resume at iteration {session.first}, before any step"
-    return _difference(session, session.first, when, found)
+    part = found[0].name.partition(".")[0]
+    hint = (
+        f"{part} is not in the checkpoint, and so began anew"
+        if part in session.opened["fresh"]
+        else f"{part} was not restored as it was: does load_state_dict put back all that state_dict gives?"
+    )
+    return _difference(session, session.first, when, found, hint)
 
 
 def _later(a: SessionTrace, b: SessionTrace, unseeded: frozenset[str], *, is_killed: bool) -> Difference | None:
@@ -196,8 +203,10 @@ def _at_end(a: SessionTrace, b: SessionTrace, unseeded: frozenset[str]) -> Diffe
     return _difference(b, None, f"at the end, after iteration {b.last}", found) if found else None
 
 
-def _difference(session: SessionTrace, iteration: int | None, when: str, found: Sequence[Finding]) -> Difference:
-    hint = hint_for(found, session.opened)
+def _difference(
+    session: SessionTrace, iteration: int | None, when: str, found: Sequence[Finding], hint: str = ""
+) -> Difference:
+    hint = hint or hint_for(found, session.opened)
     return Difference(
         is_resume=True, session=session.number, iteration=iteration, when=when, found=tuple(found), hint=hint
     )
@@ -265,6 +274,12 @@ def _state_hint(found: Sequence[Finding], _: Mapping[str, Any]) -> str:
     part = found[0].name.partition(".")[0]
     if found[0].kind == OPTIMIZER and found[0].name.endswith(".lr"):
         return "a scheduler sets it: is the scheduler registered, and restored?"
+    if found[0].kind in (OPTIMIZER, MODEL):
+        return (
+            "batches, generators and what was logged are the same, and the step is not: are gradients kept from one "
+            "iteration to the next (a checkpoint holds none: zero_grad() in each), or does something take part in the "
+            "step that isn't registered?"
+        )
     return f"{part} was restored, and went on otherwise: does its state_dict hold everything that it works with?"
 
 

@@ -1,6 +1,8 @@
 """For the tests of a training: that it resumes exactly."""
 
+import io
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -84,8 +86,10 @@ def _function_launcher(train: Callable[..., object], args: Sequence[Any], start:
 def _call(train: Callable[..., object], args: Sequence[Any], variables: Mapping[str, str], output: str) -> None:
     if hasattr(os, "setsid"):
         os.setsid()
-    with fs.new_file(Path(output)) as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
+    # Left open: the traceback of what `train` raises is written after this function.
+    file = fs.new_file(Path(output))
+    for number in (1, 2):
+        os.dup2(file.fileno(), number)
+    sys.stdout = sys.stderr = io.TextIOWrapper(file, errors="backslashreplace", write_through=True)
     os.environ.update(variables)
     train(*args)
