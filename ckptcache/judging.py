@@ -280,7 +280,10 @@ def _state_hint(found: Sequence[Finding], _: Mapping[str, Any]) -> str:
             "iteration to the next (a checkpoint holds none: zero_grad() in each), or does something take part in the "
             "step that isn't registered?"
         )
-    return f"{part} was restored, and went on otherwise: does its state_dict hold everything that it works with?"
+    return (
+        f"{part} was restored, and went on otherwise: does its state_dict hold everything that it works with, and was "
+        "the iteration over when the program saved?"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

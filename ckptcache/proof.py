@@ -109,11 +109,18 @@ class SessionTrace:
 
 
 def read_trace(data: bytes) -> dict[int, SessionTrace]:
-    """The sessions of a trace by their numbers; a last line that a kill cut short is left out."""
+    """The sessions of a trace by their numbers; a last line that a kill cut short is left out.
+
+    Raises ValueError for a trace that several processes wrote, whose lines are mixed.
+    """
     sessions: dict[int, SessionTrace] = {}
     leaves = Leaves()
+    processes: set[int] = set()
     for text in data.split(b"\n")[:-1]:
         line = orjson.loads(text)
+        processes.add(line["process"])
+        if len(processes) > 1:
+            raise ValueError("several processes opened sessions, and only those of one can be proved")
         if line["kind"] == "leaves":
             leaves = Leaves(dict(zip(line["names"], line["kinds"], strict=True)))
         elif line["kind"] == "start":

@@ -345,7 +345,10 @@ class _Runs:
         )
         fs.append(base.with_suffix(".json"), instruction.to_bytes())
         code = self._run(what, {VARIABLE: str(base.with_suffix(".json")), SCRATCH: str(caches)})
-        found = read_trace(fs.read_bytes(trace, limit=_MAX_TRACE)) if trace.exists() else {}
+        try:
+            found = read_trace(fs.read_bytes(trace, limit=_MAX_TRACE)) if trace.exists() else {}
+        except ValueError as error:
+            raise ProofFailed(run=what, reason=error) from error
         if code != 0 and not (order.kill and order.kill.session in found):
             raise ProofFailed(run=what, reason=f"it ended with {code}{self._tail()}")
         return found

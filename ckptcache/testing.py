@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -77,7 +78,9 @@ def _function_launcher(train: Callable[..., object], args: Sequence[Any], start:
         # A function that can't be found by its name fails here, with a message that says so.
         context: Any = get_context(start)
         process = context.Process(target=_call, args=(train, tuple(args), dict(variables), str(output)))
-        process.start()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside idle threads, which was asked for
+            process.start()
         return _Process(process)
 
     return launch

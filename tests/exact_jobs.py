@@ -1,6 +1,7 @@
 """Trainings as users write them, one for each thing that a resume must get right, and ways to get each wrong."""
 
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,11 @@ def stateful_loader(workers: int) -> Any:
 
     # With one generator for both, the seed that each iter() draws for the workers would shift the next epoch's order.
     sampler = RandomSampler(DATA, generator=torch.Generator().manual_seed(4))
-    return StatefulDataLoader(DATA, batch_size=_SIZE, sampler=sampler, num_workers=workers, generator=torch.Generator())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torchdata 0.11 asks torch 2.13 for a name that is deprecated
+        return StatefulDataLoader(
+            DATA, batch_size=_SIZE, sampler=sampler, num_workers=workers, generator=torch.Generator()
+        )
 
 
 def endless(loader: Any) -> Iterator[Any]:

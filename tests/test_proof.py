@@ -1,6 +1,7 @@
 """Traces, as they are written and read, and what differs between two moments."""
 
 import orjson
+import pytest
 
 from ckptcache.proof import (
     BATCH,
@@ -100,10 +101,12 @@ def test_a_trace_is_read_up_to_the_line_that_a_kill_cut_short():
         {"kind": "step", "session": 1, "iteration": 6, **usual},
         {"kind": "end", "session": 1, "ended": {"stop_reason": "finished"}, **usual},
     ]
-    data = b"".join(orjson.dumps(line) + b"\n" for line in lines) + b'{"kind": "st'
+    data = b"".join(orjson.dumps({**line, "process": 7}) + b"\n" for line in lines) + b'{"kind": "st'
     (session,) = read_trace(data).values()
     assert (session.first, session.last) == (4, 6)
     assert [list(session.steps[i].state()) for i in (5, 6)] == [["model.w"], ["model.v"]]
     assert session.saved["id"] == "c5"
     assert session.end is not None
     assert read_trace(b"") == {}
+    with pytest.raises(ValueError, match="several processes"):
+        read_trace(data[: data.rindex(b"\n") + 1] + data.replace(b'"process":7', b'"process":8'))

@@ -20,7 +20,7 @@ from ckptcache.proving import command_launcher, plan_kills, prove
 from ckptcache.session import TrainingSession
 from ckptcache.state.rng import seed_everything
 from ckptcache.testing import _function_launcher
-from tests.faults import wait_until
+from tests.faults import run_child, wait_until
 from tests.jobs import Job
 
 MOMENT = Moment(leaves=Leaves({}))
@@ -171,6 +171,24 @@ def test_a_difference_ends_the_proof_and_is_told_to_programs_too(tmp_path, scrat
     assert list(scratch.iterdir()) == []
 
 
+def saves_before_the_scheduler(folder):
+    job = Job()
+    with TrainingSession(TrainingCache(Path(folder) / "cache"), **job.objects()) as session:
+        for step in session.steps(8):
+            rate = job.scheduler.state_dict()
+            session.log(loss=job.train_step(step))
+            after = job.scheduler.state_dict()
+            job.scheduler.load_state_dict(rate)
+            session.checkpoint()
+            job.scheduler.load_state_dict(after)
+
+
+def test_a_checkpoint_that_the_program_takes_before_the_iteration_is_over_is_found(tmp_path):
+    lines = prove(forked(saves_before_the_scheduler, tmp_path), kills=1).lines()
+    assert lines[0].startswith("differs: scheduler.last_epoch, at iteration ")
+    assert "was the iteration over when the program saved?" in "\n".join(lines)
+
+
 def sometimes_short(folder):
     usual(folder, 8 if not any(Path(folder).glob("run-*")) else 3)
     (Path(folder) / f"run-{os.getpid()}").touch()
@@ -192,6 +210,17 @@ def test_a_run_that_fails_shows_what_it_wrote_at_last(tmp_path):
         prove(forked(fails, tmp_path))
     assert "it ended with 1; it wrote at last:\n" in str(caught.value)
     assert "  | RuntimeError: out of luck" in str(caught.value)
+
+
+def in_two_processes(folder):
+    run_child(lambda: usual(folder, 3))
+    usual(folder, 3)
+
+
+def test_a_training_of_several_processes_says_that_it_cannot_be_proved(tmp_path, scratch):
+    with pytest.raises(ProofFailed, match="several processes opened sessions"):
+        prove(forked(in_two_processes, tmp_path))
+    assert list(scratch.iterdir()) == []
 
 
 def unlimited(folder):
