@@ -157,8 +157,7 @@ class Recorder(Trace):
 
     def called(self, name: str, given: Any) -> None:
         """A registered model was called in training mode."""
-        if os.getpid() == self._owner:
-            self._batches.append((name, digest(given)))
+        self._batches.append((name, digest(given)))
 
     def _moment(self, objects: Mapping[str, Any]) -> dict[str, Any]:
         found = list(_leaves(objects))
@@ -171,10 +170,11 @@ class Recorder(Trace):
         return {"batches": self._batches, "logged": self._logged, "state": "".join(d for _, _, d in found)}
 
     def _write(self, kind: str, **values: Any) -> None:
-        if os.getpid() == self._owner:
-            self._append(kind=kind, session=self._number, **values)
+        self._append(kind=kind, session=self._number, **values)
 
     def _append(self, **line: Any) -> None:
+        if os.getpid() != self._owner:
+            return
         data = orjson.dumps({**line, "process": os.getpid()}, option=orjson.OPT_APPEND_NEWLINE)
         fs.append(Path(self._instruction.trace), data)
 
