@@ -87,7 +87,8 @@ def test_too_short_a_training_and_one_without_a_session_prove_nothing():
 
 
 def usual(folder, iterations=8):
-    Job().run(TrainingCache(Path(folder) / "cache", min_improvement_threshold=0.0), iterations, resume="never")
+    cache = TrainingCache(Path(folder) / "cache", min_improvement_threshold=0.0)
+    Job().run(cache, iterations, resume="never", summary_path=Path(folder) / "summary.json")
 
 
 def test_a_training_with_all_sources_of_chance_is_identical_and_leaves_nothing(tmp_path, scratch):
