@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckptcache.errors import ConfigError, InvalidConfigFile, UnknownSetting
+from ckptcache.values import content_hash
 
 if TYPE_CHECKING:
     from ckptcache.metadata import CheckpointMetadata
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 Direction = Literal["max", "min"]
 CRITICAL_PARAMS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
 GB = 1_000_000_000
+SCRATCH = "CKPTCACHE_SCRATCH"
+"""Names a folder below which all caches then lie, whatever the program says; `ckptcache prove` sets it."""
 _ONLY_IN_CODE = frozenset({"best_fn"})
 _UNSET: Any = object()
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -82,7 +85,7 @@ class CacheConfig:
         found = settings_with_sources([f.name for f in missing]) if missing else {}
         for f in missing:
             object.__setattr__(self, f.name, found[f.name][0] if f.name in found else f.metadata["default"])
-        object.__setattr__(self, "cache_dir", _as_given(self.cache_dir))
+        object.__setattr__(self, "cache_dir", in_scratch(_as_given(self.cache_dir)))
         object.__setattr__(self, "critical_params", _as_given(self.critical_params))
         if problems := [_told(name, problem, found) for name, problem in _problems(self)]:
             raise ConfigError(problems="; ".join(problems))
@@ -98,6 +101,21 @@ def _as_given(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return tuple(value) if isinstance(value, list | set | frozenset) else value
+
+
+def in_scratch(path: Any) -> Any:
+    """`path`, or, where CKPTCACHE_SCRATCH names a folder, what stands for it below that.
+
+    So a training can be tried without its own cache being touched, wherever the program names that. Each path has a
+    stand-in of its own, always the same; what lies in the scratch folder already, and what is no path, stays.
+    """
+    scratch = os.environ.get(SCRATCH)
+    if not scratch or not isinstance(path, str) or not path or "\0" in path:
+        return path
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - resolves "..", and no links
+    if absolute.is_relative_to(scratch):
+        return path
+    return str(Path(scratch) / f"{content_hash(str(absolute.parent))}-{absolute.name}")
 
 
 # --- layers --------------------------------------------------------------------------------------

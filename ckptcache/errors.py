@@ -257,6 +257,19 @@ class DuplicateName(CkptCacheError):
     exit_code = 2
 
 
+# --- proving that a training resumes exactly -----------------------------------------------------
+
+
+class NothingToProve(CkptCacheError):
+    """There is nothing to prove: {reason}."""
+
+    exit_code = 3
+
+
+class ProofFailed(CkptCacheError):
+    """The {run} could not be made: {reason}. Correct that, and run it again."""
+
+
 # --- training data -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """What a session saves and restores: live objects by name, and plain values beside them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,29 @@ class Registry:
         """What is saved, by part."""
         return {**self.objects, VALUES: self.values} if self.values else dict(self.objects)
 
+    def all(self) -> Mapping[str, Any]:
+        """A view of what is saved, which changes as that does."""
+        return _Everything(self)
+
     def take_values(self, state: Mapping[str, Any]) -> None:
         """Take over the plain values that a checkpoint holds; those that it doesn't stay as the program gave them."""
         saved = state.get(VALUES)
         if isinstance(saved, Mapping):
             self.values.update(from_plain(saved))
+
+
+class _Everything(Mapping[str, Any]):
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def __getitem__(self, name: str) -> Any:
+        return self._registry.state()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._registry.state())
+
+    def __len__(self) -> int:
+        return len(self._registry.state())
 
 
 def is_plain(value: Any) -> bool:

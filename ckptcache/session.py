@@ -14,8 +14,10 @@ from typing import Any, Self
 
 import orjson
 
+from ckptcache import trace
 from ckptcache.cache import TrainingCache
 from ckptcache.checkpointing import SURVIVABLE
+from ckptcache.config import in_scratch
 from ckptcache.deadline import Deadline
 from ckptcache.errors import CkptCacheError, InvalidValue, SessionClosed
 from ckptcache.events import Events, Handler
@@ -115,12 +117,13 @@ class TrainingSession:
         self.configs: dict[str, Any] = {
             name: None if value is None else plain_config(value, name) for name, value in configs.items()
         }
-        self.resume = resume
+        self._trace = trace.from_environment()
+        self.resume = self._trace.policy(resume)
         self.seed = seed
         self.checkpoint_interval = checkpoint_interval
         self.max_seconds = _limit_from_outside() if max_seconds is None else max_seconds
         self.overrides = dict(overrides or {})
-        self.summary_path = Path(summary_path) if summary_path else cache.cache_dir / SUMMARY_NAME
+        self.summary_path = Path(in_scratch(os.fspath(summary_path or cache.cache_dir / SUMMARY_NAME)))
         self._registry = Registry()
         standard = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "loader": loader}
         for name, value in {**{k: v for k, v in standard.items() if v is not None}, **objects}.items():
@@ -242,6 +245,7 @@ class TrainingSession:
             raise
         self._state = "open"
         announce(self._startup, self.cache.last_warned)
+        self._trace.opened(self._registry.all(), self._startup)
         if self.resumed_from is not None:
             self._events.emit("resumed", self.resumed_from)
         return self
@@ -343,6 +347,7 @@ class TrainingSession:
 
     def _close(self) -> None:
         self._shut()
+        self._trace.end(self.iteration, self._stop_reason)
         try:
             self._stretch.close(self._stop_reason)
             with suppress(*SURVIVABLE):
@@ -431,6 +436,7 @@ class TrainingSession:
         self._begin_steps(end)
         while self.iteration < end and not self._is_over():
             step, self._step_began = self._stretch.counter.begin(), time.monotonic()
+            self._trace.begin()
             try:
                 yield step
             except GeneratorExit:
@@ -466,6 +472,9 @@ class TrainingSession:
             self._owes_interval = True
             if not is_last:
                 self._save_interval()
+        self._trace.step(
+            self.iteration, save=lambda: self._offer("interval"), settle=self._stretch.saves.collect, stop=self.stop
+        )
 
     def _save_interval(self) -> None:
         self._owes_interval = False
@@ -509,6 +518,7 @@ class TrainingSession:
         Raises InvalidValue for what is not one number.
         """
         self._stretch.tally.curves.add(self.iteration, values)
+        self._trace.log(values)
         if self._recovery is not None and "loss" in values:
             self._recovery.logged(self.iteration, values["loss"])
 
@@ -546,6 +556,7 @@ class TrainingSession:
         """Note an evaluation at this iteration, without offering a checkpoint; InvalidValue for what is no number."""
         self._check_open()
         loss = self._stretch.tally.evaluated(self.iteration, val_loss, metrics or {})
+        self._trace.log({**({} if val_loss is None else {"val_loss": val_loss}), **(metrics or {})})
         if self._recovery is not None:
             self._recovery.evaluated(self.iteration, loss)
 

@@ -22,7 +22,7 @@ FLOORS = {
     ),
     4: (
         *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),
-        *("stretch", "recovery", "session", "trainer", "display"),
+        *("stretch", "recovery", "proof", "judging", "trace", "session", "trainer", "display", "proving", "testing"),
         *("workflow", "distributed", "mirror", "report", "progress"),
     ),
     5: ("nanecho", "integrations", "dashboard", "cli"),
@@ -37,7 +37,8 @@ STAIRS = (
     ),
     (
         *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),
-        *("stretch", "recovery", "session", "trainer", "display", "workflow"),
+        *("stretch", "recovery", "proof", "judging", "trace", "session", "trainer", "display", "proving", "testing"),
+        "workflow",
     ),
 )
 """Within a floor, these stand one above the other."""
@@ -47,7 +48,8 @@ TOP_LEVEL = frozenset(
     "constraints.txt .gitignore".split()
 )
 DOCS = frozenset(
-    "design.md cli.md errors.md resuming.md slurm.md examples.md formats.md names.md benchmarks.md github-actions.md "
+    "design.md cli.md errors.md resuming.md slurm.md examples.md exactness.md formats.md names.md benchmarks.md "
+    "github-actions.md "
     "benchmarks.png comprehensive_demo.png".split()
 )
 

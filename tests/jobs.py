@@ -100,6 +100,9 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
     if isinstance(a, torch.Tensor):
         if not (isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)):
             yield path
+    elif isinstance(a, np.ndarray):
+        if not (isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)):
+            yield path
     elif isinstance(a, dict):
         if not isinstance(b, dict) or a.keys() != b.keys():
             yield path

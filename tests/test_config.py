@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptcache.config import CRITICAL_PARAMS, CacheConfig, check_setting, environment_variable
+from ckptcache.config import CRITICAL_PARAMS, CacheConfig, check_setting, environment_variable, in_scratch
 from ckptcache.errors import ConfigError, InvalidConfigFile, UnknownSetting
 
 
@@ -246,3 +246,26 @@ def test_our_table_must_be_a_table(folder):
 def test_settings_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         CacheConfig().max_checkpoints = 3
+
+
+# --- a scratch folder ----------------------------------------------------------------------------
+
+
+def test_every_folder_has_a_stand_in_of_its_own_in_the_scratch_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CKPTCACHE_SCRATCH", str(tmp_path / "scratch"))
+    stand_in = CacheConfig(cache_dir="runs/cache").cache_dir
+    assert Path(stand_in).parent == tmp_path / "scratch"
+    assert Path(stand_in).name.endswith("-cache")
+    assert CacheConfig(cache_dir=tmp_path / "runs" / "x" / ".." / "cache").cache_dir == stand_in
+    assert CacheConfig(cache_dir="other/cache").cache_dir != stand_in
+    assert CacheConfig(cache_dir=stand_in).cache_dir == stand_in
+    assert Path(CacheConfig().cache_dir).parent == tmp_path / "scratch"
+
+
+def test_without_a_scratch_folder_a_path_stays_and_what_is_no_path_is_refused_as_ever(monkeypatch):
+    assert in_scratch("runs/cache") == "runs/cache"
+    monkeypatch.setenv("CKPTCACHE_SCRATCH", "/nowhere")
+    for wrong in ("", 3, "a\0b"):
+        with pytest.raises(ConfigError, match="cache_dir"):
+            CacheConfig(cache_dir=wrong)

@@ -67,6 +67,8 @@ SAMPLES = {
     "RestoreFailed": {"path": "all.tar", "folder": PATH, "reason": "no space left on device"},
     "SessionClosed": {"session": "sess_1"},
     "DuplicateName": {"name": "model"},
+    "NothingToProve": {"reason": "no session was opened; name a command that opens one"},
+    "ProofFailed": {"run": "undisturbed run", "reason": "it ended with 1"},
     "DataNotFound": {"path": PATH, "reason": "it is empty"},
     "DataTooSmall": {"path": PATH, "tokens": 10, "needed": 65},
     "TokenOutOfRange": {"path": PATH, "token": 300, "last": 255, "needed": 301},
@@ -97,7 +99,7 @@ SAYS_WHAT_TO_DO = (
         "make one",
     ),
 )
-THE_CALLER_SAYS = {"CkptCacheError", "InvalidValue", "NotSavable", "DataNotFound"}
+THE_CALLER_SAYS = {"CkptCacheError", "NothingToProve", "InvalidValue", "NotSavable", "DataNotFound"}
 """Their reason or remedy, given where they are raised, is the way out."""
 
 

@@ -3,7 +3,7 @@
 import click
 
 from ckptcache import __version__
-from ckptcache.cli import backup, branching, care, comparing, completion, listing, marks, progress, transfer
+from ckptcache.cli import backup, branching, care, comparing, completion, listing, marks, progress, prove, transfer
 from ckptcache.cli.options import common
 from ckptcache.cli.run import CommandLine
 
@@ -37,6 +37,7 @@ main.add_section("Looking", [listing.ls, listing.show, listing.best, listing.exp
 main.add_section("Comparing", [comparing.diff, comparing.compare])
 main.add_section("Care", [care.stats, care.doctor, care.prune, care.rerank])
 main.add_section("Branches", [branching.lineage, branching.rollback])
+main.add_section("Proof", [prove.prove])
 main.add_section("Marks", [marks.pin, marks.unpin, marks.name, marks.unname, marks.tag, marks.note])
 main.add_section("To and from elsewhere", [transfer.export, transfer.import_, backup.backup, backup.restore])
 main.add_section("In a repository", [progress.progress])

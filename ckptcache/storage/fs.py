@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -249,6 +250,25 @@ def overwrite(path: Path, data: bytes) -> None:
         system.fsync(fd)
     finally:
         os.close(fd)
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A new file, unbuffered, for what need not be durable, such as another program's output."""
+    return os.fdopen(system.create(path), "wb", buffering=0)
+
+
+@contextmanager
+def scratch(prefix: str, *, inside: Path | None = None, keep: bool = False) -> Iterator[Path]:
+    """A new folder, among the system's temporary ones or `inside` another, that goes at the end with all that is in it.
+
+    Links in it go, and what they point to stays.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=inside)).resolve()
+    try:
+        yield folder
+    finally:
+        if not keep:
+            shutil.rmtree(folder)
 
 
 def append(path: Path, data: bytes) -> None:

@@ -371,3 +371,26 @@ def test_what_goes_aside_to_another_file_system_is_copied_whole(tmp_path: Path) 
     assert (folder / "x.pt").read_bytes() == b"content"
     assert names(folder) == ["x.pt"]
     assert not source.exists()
+
+
+def test_a_scratch_folder_goes_with_all_that_is_in_it_and_spares_what_links_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("stays")
+    with pytest.raises(KeyError), fs.scratch("test-", inside=tmp_path) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("goes")
+        (folder / "link").symlink_to(tmp_path / "mine")
+        raise KeyError
+    assert not folder.exists()
+    assert (tmp_path / "mine" / "file").read_text() == "stays"
+    with fs.scratch("test-", inside=tmp_path, keep=True) as kept:
+        pass
+    assert kept.is_dir()
+
+
+def test_a_new_file_is_never_an_existing_one(tmp_path: Path) -> None:
+    with fs.new_file(tmp_path / "log") as file:
+        file.write(b"at once")
+        assert (tmp_path / "log").read_bytes() == b"at once"
+    with pytest.raises(FileExistsError):
+        fs.new_file(tmp_path / "log")
