@@ -165,6 +165,12 @@ class Incompatible(CkptCacheError):
     exit_code = 3
 
 
+class CannotWarmStart(CkptCacheError):
+    """{id} can't give this run its weights: {reason}. Choose another checkpoint, or leave warm_start out."""
+
+    exit_code = 3
+
+
 class NotSavable(CkptCacheError):
     """The state at {key!r} is {kind}, which could be saved but never be read back: {remedy}."""
 

@@ -98,8 +98,8 @@ def _restore(ledger: Ledger, record: CheckpointMetadata, objects: Mapping[str, A
     return Restored(record, report, rest)
 
 
-def read(ledger: Ledger, record: CheckpointMetadata) -> Content:
-    """What a checkpoint's file holds, verified; a damaged one goes to quarantine.
+def read(ledger: Ledger, record: CheckpointMetadata, *, only_look: bool = False) -> Content:
+    """What a checkpoint's file holds, verified; a damaged one goes to quarantine, unless we `only_look`.
 
     Raises CheckpointDamaged, CheckpointMissing, NotACheckpoint or UnsafeCheckpoint.
     """
@@ -111,7 +111,8 @@ def read(ledger: Ledger, record: CheckpointMetadata) -> Content:
     except CheckpointDamaged as error:
         # In a folder that can't be written it is passed over each time instead.
         with suppress(CkptCacheError):
-            ledger.quarantine(record.id, str(error.fields["reason"]))
+            if not only_look:
+                ledger.quarantine(record.id, str(error.fields["reason"]))
         raise
     except OSError as error:
         raise CheckpointMissing(id=record.id, reason=fs.reason_of(error), path=path) from error

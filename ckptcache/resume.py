@@ -87,11 +87,7 @@ def _quality(explanation: Explanation) -> float:
 
 
 def _named(catalog: Catalog, needed: Description, wanted: str) -> Choice:
-    record = find(catalog, wanted)
-    if catalog.status(record) != "available":
-        observed = catalog.observed.missing | catalog.observed.damaged
-        reason = record.decision_reason or observed.get(record.id, catalog.status(record))
-        raise CheckpointMissing(id=record.id, reason=reason, path=catalog.root / "checkpoints")
+    record = find_available(catalog, wanted)
     verdict = catalog.judge(record, needed)
     if verdict.kind != "exact":
         raise Incompatible(id=record.id, reason=verdict.reason)
@@ -143,6 +139,16 @@ def find(catalog: Catalog, wanted: str) -> CheckpointMetadata:
     if not matches:
         raise CheckpointNotFound(id=wanted, path=catalog.root)
     return records[matches[0]]
+
+
+def find_available(catalog: Catalog, wanted: str) -> CheckpointMetadata:
+    """What `find` gives, if its file is there; raises CheckpointMissing too."""
+    record = find(catalog, wanted)
+    if catalog.status(record) != "available":
+        observed = catalog.observed.missing | catalog.observed.damaged
+        reason = record.decision_reason or observed.get(record.id, catalog.status(record))
+        raise CheckpointMissing(id=record.id, reason=reason, path=catalog.root / "checkpoints")
+    return record
 
 
 def why_not(explanations: list[Explanation], limit: int = 10) -> list[str]:

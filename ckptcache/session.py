@@ -26,13 +26,16 @@ from ckptcache.metadata import RESERVED_NAMES, CheckpointMetadata, SessionRecord
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, announce, avoid_repeating, be_heard, reseed_object, start
 from ckptcache.state.capture import capture
+from ckptcache.state.renaming import KeyMap
 from ckptcache.state.restore import RNG, apply, check_fillable
 from ckptcache.state.rng import capture_rng, derived_seed
 from ckptcache.state.stepping import StepCounter
+from ckptcache.state.warmreport import WarmStartReport
 from ckptcache.storage import fs
 from ckptcache.storage.ptfile import HEADER
 from ckptcache.tally import Tally, summary_of
 from ckptcache.values import plain_config
+from ckptcache.warming import wish_of
 
 log = logging.getLogger("ckptcache")
 _STOP_REASONS = ("finished", "max_seconds", "signal", "diverged", "error")
@@ -53,6 +56,16 @@ class TrainingSession:
         model, optimizer, scheduler, scaler, loader: registered under these names, if given.
         model_config, data_config, training_config: what `TrainingCache.save` takes.
         resume: "best", "latest", "auto", "never", or an id or name.
+        warm_start: where `resume` finds nothing to resume from, take the weights that fit from another checkpoint, and
+            begin a training of its own with them, at iteration 0: True for the one that gives most, an id or name for
+            that one, "DIR:ID" for one of another cache, which is only read. A module that has a method
+            ``grown_state_dict(donor_state, donor_config)`` says itself what is taken: it is given the saved tensors by
+            the module's own names (those of DDP and torch.compile removed, `key_map` applied) and the `model_config`
+            that they were saved with, or None, and returns tensors of the module's names and shapes. What it leaves
+            out stays as it is. Without the method, what agrees in name and shape is taken.
+        key_map: how a warm start reads the names of saved tensors within a module: a mapping of names and of
+            beginnings (``{"encoder.": "backbone."}``) to what they are now, or to None to leave them out; or a
+            function of the name.
         seed: from which a reseeded session's generators are derived.
         checkpoint_interval: save at every so many iterations, evaluated or not.
         max_seconds: stop, with a last save, once so many seconds have passed since entry. If left out, what the
@@ -70,6 +83,7 @@ class TrainingSession:
         InvalidValue: an object can't be changed in place, such as a number, and so never be restored.
         CacheDirNotWritable, IndexDamaged, IndexTooNew: the cache can't be used.
         CheckpointNotFound, CheckpointMissing, Incompatible, ...: what `resume` names can't be restored.
+        CannotWarmStart, CacheNotFound, ...: what `warm_start` names can't give weights.
     """
 
     def __init__(
@@ -85,6 +99,8 @@ class TrainingSession:
         data_config: Any = None,
         training_config: Any = None,
         resume: str = "best",
+        warm_start: bool | str = False,
+        key_map: KeyMap | None = None,
         seed: int = 0,
         checkpoint_interval: int | None = None,
         max_seconds: float | None = None,
@@ -101,6 +117,7 @@ class TrainingSession:
             name: None if value is None else plain_config(value, name) for name, value in configs.items()
         }
         self.resume = resume
+        self._wish = wish_of(warm_start, key_map)
         self.seed = seed
         self.checkpoint_interval = checkpoint_interval
         self.max_seconds = max_seconds
@@ -126,6 +143,11 @@ class TrainingSession:
     def resumed_from(self) -> CheckpointMetadata | None:
         """The checkpoint that it resumed from; None after a fresh start."""
         return self._startup.record
+
+    @property
+    def warm_start_report(self) -> WarmStartReport | None:
+        """What a warm start took, resized and left, tensor by tensor; None without one."""
+        return self._startup.warm.report
 
     @property
     def start_iteration(self) -> int:
@@ -191,7 +213,7 @@ class TrainingSession:
         return self
 
     def _start(self) -> None:
-        found = start(self.cache, self._objects, self._needed(), resume=self.resume)
+        found = start(self.cache, self._objects, self._needed(), resume=self.resume, wish=self._wish)
         declared = {name: config for name, config in self.configs.items() if config is not None}
         record = self.cache.record_session(self._new_record(found), declared or None)
         # Only now is it known who else went on from there: what two commit at once, one of them commits first.
@@ -199,7 +221,7 @@ class TrainingSession:
         if self._startup.reseeded:
             record = self.cache.record_session(record.changed(reseeded=True))
         self._tally = Tally(record, found.record if found.is_comparable else None)
-        self._saves = Checkpointer(self.cache, self._tally, self.configs, found.record)
+        self._saves = Checkpointer(self.cache, self._tally, self.configs, found.parent)
         self._counter = StepCounter(found.iteration, self._objects.values())
 
     def _needed(self) -> dict[str, Any]:
@@ -208,8 +230,9 @@ class TrainingSession:
     def _new_record(self, found: Startup) -> SessionRecord:
         return SessionRecord(
             id=self.id,
-            parent=None if found.record is None else found.record.id,
+            parent=None if found.parent is None else found.parent.id,
             resume=self.resume,
+            warm_start=found.warm.report is not None,
             started_at=utc_now(),
             start_iteration=found.iteration,
             end_iteration=found.iteration,

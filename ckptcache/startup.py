@@ -14,6 +14,7 @@ from ckptcache.metadata import CheckpointMetadata, SessionRecord
 from ckptcache.resume import why_not
 from ckptcache.state.capture import walk
 from ckptcache.state.rng import derived_seed, reseed_generator, seed_everything
+from ckptcache.warming import Warmed, Wish, donors, give_weights, hint
 
 log = logging.getLogger("ckptcache")
 _REASONS = 3
@@ -36,6 +37,13 @@ class Startup:
     """Parts of the checkpoint that no object took yet."""
     chose_best: bool = False
     """Whether it was chosen for being the best, so that others may be given the same one."""
+    warm: Warmed = field(default_factory=Warmed)
+    """What a warm start gave, where none could be resumed from."""
+
+    @property
+    def parent(self) -> CheckpointMetadata | None:
+        """What training goes on from: the checkpoint that was resumed from, or that gave its weights."""
+        return self.record or self.warm.donor
 
     @property
     def iteration(self) -> int:
@@ -69,17 +77,25 @@ def be_heard() -> None:
 
 def announce(startup: Startup, said: Iterable[str] = ()) -> None:
     """Log what was found and chosen, but for what was `said` as a warning already."""
-    known = set(said)
+    known = {*said, *startup.warm.warned}
     for line in startup.messages:
         if line not in known:
             log.info("%s", line)
 
 
-def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any], *, resume: str) -> Startup:
+def start(
+    cache: TrainingCache,
+    objects: Mapping[str, Any],
+    needed: Mapping[str, Any],
+    *,
+    resume: str,
+    wish: Wish | None = None,
+) -> Startup:
     """Restore what the policy `resume` chooses into `objects`; a fresh start leaves them as they are.
 
     Args:
         needed: the configurations that must fit: model_config and data_config.
+        wish: from where weights are taken, if there is nothing to resume from.
     """
     restored = cache.restore(objects, resume=resume, **needed)
     description = cache.needed(objects, **needed)
@@ -87,7 +103,12 @@ def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str,
     found = _found(catalog)
     explanations = [] if resume == "never" else catalog.explain(description)
     if restored is None:
-        return Startup(messages=(found, *cache.last_notes, *_why_fresh(explanations, resume)))
+        told = (found, *cache.last_notes, *_why_fresh(explanations, resume))
+        if wish is None:
+            could = donors(catalog, objects, description) if resume != "never" else []
+            return Startup(messages=(*told, *hint(len(could))))
+        warm = give_weights(cache, objects, description, wish)
+        return Startup(messages=(*told, *warm.messages), warm=warm)
     record = restored.record
     lines = [found, _resumed(record, explanations, resume), *restored.notes, *_passed_over(explanations)]
     is_comparable = catalog.judge(record, description).comparable
@@ -120,7 +141,8 @@ def continued_by(catalog: Catalog, record: CheckpointMetadata, *, before: Sessio
 
     The rest of the session that saved it counts as well: it went on, and its batches were seen.
     """
-    children = [s for s in catalog.index.sessions.values() if s.parent == record.id and s.order < before.order]
+    followers = [s for s in catalog.index.sessions.values() if s.parent == record.id and not s.warm_start]
+    children = [s for s in followers if s.order < before.order]
     if children:
         return f"{len(children)} session{'s' * (len(children) > 1)} went on from it already"
     own = catalog.index.sessions.get(record.session or "")

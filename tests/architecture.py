@@ -21,7 +21,7 @@ FLOORS = {
         *("checkup", "transfer", "cache"),
     ),
     4: (
-        *("curves", "tally", "checkpointing", "signals", "startup", "session", "trainer", "display"),
+        *("curves", "tally", "checkpointing", "signals", "warming", "startup", "session", "trainer", "display"),
         *("workflow", "distributed", "mirror", "report", "progress"),
     ),
     5: ("nanecho", "integrations", "dashboard", "cli"),
@@ -34,7 +34,10 @@ STAIRS = (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "saving", "restoring"),
         *("checkup", "transfer", "cache"),
     ),
-    ("curves", "tally", "checkpointing", "signals", "startup", "session", "trainer", "display", "workflow"),
+    (
+        *("curves", "tally", "checkpointing", "signals", "warming", "startup", "session", "trainer", "display"),
+        "workflow",
+    ),
 )
 """Within a floor, these stand one above the other."""
 
@@ -43,7 +46,7 @@ TOP_LEVEL = frozenset(
     "constraints.txt .gitignore".split()
 )
 DOCS = frozenset(
-    "design.md cli.md errors.md formats.md names.md benchmarks.md github-actions.md "
+    "design.md cli.md errors.md formats.md names.md benchmarks.md github-actions.md warm-start.md "
     "benchmarks.png comprehensive_demo.png".split()
 )
 

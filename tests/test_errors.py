@@ -33,6 +33,7 @@ SAMPLES = {
     "NotACheckpoint": {"path": PATH, "reason": "it is a folder"},
     "UnsafeCheckpoint": {"path": PATH, "reason": "it calls os.system"},
     "Incompatible": {"id": ID, "reason": "does not fit: n_head: saved 4, needed 8"},
+    "CannotWarmStart": {"id": ID, "reason": "it has no parameter that this model has"},
     "InvalidTokenFile": {"path": PATH, "reason": "it has an odd length"},
     "NotCacheable": {"key": "tokens", "kind": "an object array", "remedy": "save it as numbers"},
     "InvalidRunName": {"name": "../x"},
