@@ -181,8 +181,11 @@ def _warn_of(report: WarmStartReport) -> tuple[str, ...]:
 
 
 def _fit(verdict: Verdict) -> str:
-    """How the donor fits, but for single tensors, of which the counts tell; weights that were given do fit in part."""
-    others = tuple(d for d in verdict.differences if d.what != "parameter")
+    """How the donor fits, but for what the counts tell, and for the optimizer, which is fresh anyhow."""
+    others = tuple(d for d in verdict.differences if d.what not in ("parameter", "optimizer"))
+    if {d.what for d in verdict.differences if d.rejects} == {"optimizer"}:
+        return "fits, but for the optimizer"
+    # Weights that were given fit in part, whatever a verdict says that knows of no other names.
     kind = "partial" if verdict.kind == "incompatible" else verdict.kind
     return dataclasses.replace(verdict, kind=kind, differences=others).reason
 
