@@ -103,12 +103,14 @@ def start(
     found = _found(catalog)
     explanations = [] if resume == "never" else catalog.explain(description)
     if restored is None:
-        told = (found, *cache.last_notes, *_why_fresh(explanations, resume))
         if wish is None:
             could = donors(catalog, objects, description) if resume != "never" else []
-            return Startup(messages=(*told, *hint(len(could))))
-        warm = give_weights(cache, objects, description, wish)
-        return Startup(messages=(*told, *warm.messages), warm=warm)
+            warm = Warmed(messages=hint(len(could)))
+        else:
+            warm = give_weights(cache, objects, description, wish)
+        start = "starts fresh" if warm.report is None else "starts a new training"
+        why = _why_fresh(explanations, resume, start)
+        return Startup(messages=(found, *cache.last_notes, *why, *warm.messages), warm=warm)
     record = restored.record
     lines = [found, _resumed(record, explanations, resume), *restored.notes, *_passed_over(explanations)]
     is_comparable = catalog.judge(record, description).comparable
@@ -205,10 +207,10 @@ def _passed_over(explanations: Iterable[Explanation]) -> list[str]:
     return [*lines, f"  and {rest} more (`ckptcache explain` lists all)"] if rest else lines
 
 
-def _why_fresh(explanations: list[Explanation], resume: str) -> tuple[str, ...]:
+def _why_fresh(explanations: list[Explanation], resume: str, start: str) -> tuple[str, ...]:
     if resume == "never":
-        return ("starts fresh, as asked; what is there stays",)
+        return (f"{start}, as asked; what is there stays",)
     if not explanations:
-        return ("starts fresh: there is nothing to resume from",)
+        return (f"{start}: there is nothing to resume from",)
     why = (f"  {line}" for line in why_not(explanations, _REJECTED))
-    return ("starts fresh: no checkpoint can be resumed from", *why)
+    return (f"{start}: no checkpoint can be resumed from", *why)

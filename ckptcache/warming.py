@@ -98,10 +98,13 @@ def donors(
     grows = any(growth_of(module) is not None for module in modules.values())
     wanted = {} if needed.fingerprint is None else needed.fingerprint.parameters
     found: list[tuple[tuple[int, float], Explanation]] = []
+    shares: dict[str | None, float] = {}
     for each in catalog.explain(needed):
-        saved = catalog.description(each.record).fingerprint
-        names = {} if saved is None else _read_as(saved.parameters, modules, key_map)
-        share = share_given(names, wanted, grows=grows)
+        share = shares.get(each.record.fingerprint)
+        if share is None:
+            saved = catalog.description(each.record).fingerprint
+            names = {} if saved is None else _read_as(saved.parameters, modules, key_map)
+            share = shares[each.record.fingerprint] = share_given(names, wanted, grows=grows)
         is_sound = each.status == "available" and each.score.status != "diverged"
         if is_sound and may_give(each.verdict.kind, share, renames=key_map is not None, grows=grows):
             found.append((donor_order(each.verdict.kind, share), each))

@@ -109,7 +109,7 @@ def table(found: Sequence[Comparison], iters: int) -> Iterator[str]:
         rows = {c.seed: numbers(c, half, iters) for c in found if c.growth == growth}
         means = [statistics.fmean(column) for column in zip(*rows.values(), strict=True)]
         for seed, cells in (*rows.items(), ("mean", means)):
-            shown = [f"{n:.6f}" for n in cells[:2]] + [f"{n:.4f}" for n in cells[2:]]
+            shown = [f"{n:.7f}" for n in cells[:2]] + [f"{n:.4f}" for n in cells[2:]]
             yield row([growth, str(seed), *shown])
 
 
@@ -120,7 +120,15 @@ def row(cells: Sequence[str]) -> str:
 def numbers(c: Comparison, half: int, iters: int) -> list[float]:
     """The columns of a row, but for the first two."""
     warm, fresh = c.warm.losses, c.fresh.losses
-    return [c.donor, warm[0], warm[half], fresh[half], warm[iters], fresh[iters], fresh[2 * iters]]
+    return [
+        c.donor,
+        c.warm.summary["first_val_loss"],
+        warm[half],
+        fresh[half],
+        warm[iters],
+        fresh[iters],
+        fresh[2 * iters],
+    ]
 
 
 if __name__ == "__main__":

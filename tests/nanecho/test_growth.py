@@ -130,6 +130,16 @@ def test_epsilon_is_no_matter():
     assert furthest(donor, model) < 1e-10
 
 
+def test_what_an_inactive_connection_holds_is_no_matter():
+    donor = trained(config())
+    with torch.no_grad():
+        for layer in masked_layers(donor):
+            layer.weight.add_(torch.randn_like(layer.weight) * ~layer.mask)
+    model, _ = grown(donor.double(), config(n_layer=3, n_embd=20))
+    assert furthest(donor, model) < 1e-10
+    assert not any(layer.weight[~layer.mask].any() for layer in masked_layers(model))
+
+
 def test_without_growth_every_tensor_is_the_donors_to_the_bit():
     donor = trained(config(bias=True))
     _, state = grown(donor, config(bias=True, dropout=0.1))
