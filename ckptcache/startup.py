@@ -116,6 +116,8 @@ def start(
     is_comparable = catalog.judge(record, description).comparable
     if not is_comparable and record.val_loss is not None:
         lines.append("the validation data differ from those of the checkpoint: the first evaluation sets the baseline")
+    if wish is not None and isinstance(wish.wanted, str):
+        lines.append(f"no weights are taken from {wish.wanted}: there is a checkpoint to resume from (or resume=never)")
     if restored.report.fresh:
         lines.append(f"not in the checkpoint, and so fresh: {', '.join(restored.report.fresh)}")
     return Startup(record, False, is_comparable, tuple(lines), restored.state, resume == "best")

@@ -143,6 +143,17 @@ def test_what_can_be_resumed_from_is_resumed_from(cache):
     assert not session.record.warm_start
 
 
+def test_that_a_checkpoint_named_for_its_weights_was_not_needed_is_said(cache):
+    donor = saved_by(cache, train(cache, Net(depth=2)))
+    train(cache, Net(depth=3))
+    with session_of(cache, Net(depth=3), warm_start=donor.id) as session:
+        assert any(
+            m.startswith(f"no weights are taken from {donor.id}: there is a checkpoint") for m in session.messages
+        )
+    with session_of(cache, Net(depth=3), warm_start=True) as session:
+        assert not any("weights" in m for m in session.messages)
+
+
 def test_a_session_that_took_weights_did_not_go_on_from_the_donor(cache):
     train(cache, Net(depth=2))
     train(cache, Net(depth=3), warm_start=True)
@@ -175,6 +186,7 @@ def test_other_data_come_first_then_what_gives_most_then_what_is_best(cache):
         model = Net(depth=4, seed=1)
         with session_of(cache, model, warm_start=True) as session:
             assert line(session).startswith(f"warm start from {expected.id} ")
+            assert not any("is passed over" in m for m in session.messages)  # a file that is gone isn't tried
         session_kept = [s for s in cache.sessions() if s.id == session.id]
         assert session_kept[0].parent == expected.id
         cache.ledger.layout.checkpoint(expected.id).unlink()
