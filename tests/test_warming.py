@@ -126,6 +126,9 @@ def test_its_record_says_so_and_its_checkpoints_come_of_the_donor(cache):
 def test_the_first_evaluation_is_not_the_donors_loss(cache):
     donor = saved_by(cache, train(cache, loss=0.5))
     with session_of(cache, Net(depth=3), warm_start=True) as session:
+        session.evaluated(0.9)
+        assert session.record.best_checkpoint is None
+    with session_of(cache, Net(depth=4), warm_start=donor.id) as session:
         for _ in session.steps(2):
             pass
         record = session.checkpoint()
