@@ -8,6 +8,7 @@ since the donor's had to be made, too. It prints a table in Markdown.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def train(folder: Path, settings: dict[str, Any]) -> Run:
         str(folder),
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     summary = json.loads(done.stdout)
