@@ -209,7 +209,7 @@ class Catalog:
         if isinstance(declared, Mapping) and ("model_config" in declared or "data_config" in declared):
             return Description(None, _mapping(declared.get("model_config")), _mapping(declared.get("data_config")))
         parent = self.index.checkpoints.get(session.parent or "")
-        return None if parent is None else self.description(parent)
+        return None if parent is None or session.warm_start else self.description(parent)
 
     def candidates(self, needed: Description) -> list[CheckpointMetadata]:
         """What "best" would try, in that order."""

@@ -165,6 +165,12 @@ class Incompatible(CkptCacheError):
     exit_code = 3
 
 
+class CannotWarmStart(CkptCacheError):
+    """{id} can't give this run its weights: {reason}. Choose another checkpoint, or leave warm_start out."""
+
+    exit_code = 3
+
+
 class NoRollback(CkptCacheError):
     """No rollback is in force in {path}: there was none, or training has gone on from it already. To change to another
     branch, give `ckptcache rollback` the checkpoint to go on from; one that was left behind will do."""

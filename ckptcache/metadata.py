@@ -169,9 +169,11 @@ class SessionRecord:
     sequence: int = 0
     revision: int = 0
     parent: str | None = None
-    """The checkpoint that it resumed from; None for a fresh start."""
+    """The checkpoint that it resumed from, or that gave it its weights; None for a fresh start."""
     resume: str = "best"
     reseeded: bool = False
+    warm_start: bool = False
+    """Whether it only took weights, of `parent` or of a checkpoint of another cache, and began at iteration 0."""
     config: str | None = None
     """Hash of the model's, training's and data's configuration together."""
     started_at: str = ""
@@ -374,7 +376,7 @@ _SESSION_READERS: dict[str, Any] = {
     **dict.fromkeys(("sequence", "revision", "start_iteration", "end_iteration"), _count),
     **dict.fromkeys(("saved", "evicted", "failed_saves"), _count),
     **dict.fromkeys(("first_val_loss", "last_val_loss", "best_val_loss", "seconds"), decode_float),
-    "reseeded": _flag,
+    **dict.fromkeys(("reseeded", "warm_start"), _flag),
     "curves": _curves,
     "environment": _mapping,
 }

@@ -36,12 +36,15 @@ from ckptcache.recovery import Divergence, Recovery
 from ckptcache.registry import Registry
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start
+from ckptcache.state.renaming import KeyMap
 from ckptcache.state.restore import RNG, RestoreReport, apply
 from ckptcache.state.rng import capture_rng, derived_seed
+from ckptcache.state.warmreport import WarmStartReport
 from ckptcache.storage import fs
 from ckptcache.stretch import Stretch
 from ckptcache.tally import summary_of
 from ckptcache.values import plain_config
+from ckptcache.warming import wish_of
 
 log = logging.getLogger("ckptcache")
 _STOP_REASONS = ("finished", "max_seconds", "signal", "diverged", "error")
@@ -63,6 +66,16 @@ class TrainingSession:
             `state_dict` is not saved: after a resume its epoch begins anew, which is said.
         model_config, data_config, training_config: what `TrainingCache.save` takes.
         resume: "best", "latest", "auto", "never", or an id or name.
+        warm_start: where `resume` finds nothing to resume from, take the weights that fit from another checkpoint, and
+            begin a training of its own with them, at iteration 0: True for the one that gives most, an id or name for
+            that one, "DIR:ID" for one of another cache, which is only read. A module that has a method
+            ``grown_state_dict(donor_state, donor_config)`` says itself what is taken: it is given the saved tensors by
+            the module's own names (those of DDP and torch.compile removed, `key_map` applied) and the `model_config`
+            that they were saved with, or None, and returns tensors of the module's names and shapes. What it leaves
+            out stays as it is. Without the method, what agrees in name and shape is taken.
+        key_map: how a warm start reads the names of saved tensors within a module: a mapping of names and of
+            beginnings (``{"encoder.": "backbone."}``) to what they are now, or to None to leave them out; or a
+            function of the name.
         seed: from which a reseeded session's generators are derived.
         checkpoint_interval: save at every so many iterations, evaluated or not.
         max_seconds: be done, last save included, within so many seconds of entry, as far as the steps and saves so
@@ -87,6 +100,7 @@ class TrainingSession:
             names no setting.
         CacheDirNotWritable, IndexDamaged, IndexTooNew: the cache can't be used.
         CheckpointNotFound, CheckpointMissing, Incompatible, ...: what `resume` names can't be restored.
+        CannotWarmStart, CacheNotFound, ...: what `warm_start` names can't give weights.
     """
 
     def __init__(
@@ -102,6 +116,8 @@ class TrainingSession:
         data_config: Any = None,
         training_config: Any = None,
         resume: str = "best",
+        warm_start: bool | str = False,
+        key_map: KeyMap | None = None,
         seed: int = 0,
         checkpoint_interval: int | None = None,
         max_seconds: float | None = None,
@@ -119,6 +135,7 @@ class TrainingSession:
         }
         self._trace = trace.from_environment()
         self.resume = self._trace.policy(resume)
+        self._wish = wish_of(warm_start, key_map)
         self.seed = seed
         self.checkpoint_interval = checkpoint_interval
         self.max_seconds = _limit_from_outside() if max_seconds is None else max_seconds
@@ -154,6 +171,11 @@ class TrainingSession:
     def resumed_from(self) -> CheckpointMetadata | None:
         """The checkpoint that it resumed from; None after a fresh start."""
         return self._startup.record
+
+    @property
+    def warm_start_report(self) -> WarmStartReport | None:
+        """What a warm start took, resized and left, tensor by tensor; None without one."""
+        return self._startup.warm.report
 
     @property
     def start_iteration(self) -> int:
@@ -253,7 +275,7 @@ class TrainingSession:
     def _start(self) -> None:
         objects = self._registry.objects
         given = {name: settings_of(optimizer) for name, optimizer in optimizers_in(objects).items()}
-        found = start(self.cache, objects, self._needed(), resume=self.resume)
+        found = start(self.cache, objects, self._needed(), resume=self.resume, wish=self._wish)
         self._registry.take_values(found.state)
         told = [] if found.record is None else differences(given, objects, self.overrides)
         told += apply_overrides(self.overrides, objects)

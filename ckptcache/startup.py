@@ -16,6 +16,7 @@ from ckptcache.resume import why_not
 from ckptcache.state.capture import walk
 from ckptcache.state.restore import RestoreReport
 from ckptcache.state.rng import derived_seed, reseed_generator, seed_everything
+from ckptcache.warming import Warmed, Wish, donors, give_weights, hint
 
 log = logging.getLogger("ckptcache")
 _REASONS = 3
@@ -43,6 +44,13 @@ class Startup:
     """Which parts were restored, which objects stayed fresh, which parts no object took."""
     by_rollback: bool = False
     """Whether it was chosen because it was rolled back to, for another branch."""
+    warm: Warmed = field(default_factory=Warmed)
+    """What a warm start gave, where none could be resumed from."""
+
+    @property
+    def parent(self) -> CheckpointMetadata | None:
+        """What training goes on from: the checkpoint that was resumed from, or that gave its weights."""
+        return self.record or self.warm.donor
 
     @property
     def iteration(self) -> int:
@@ -84,17 +92,25 @@ def be_heard() -> None:
 
 def announce(startup: Startup, said: Iterable[str] = ()) -> None:
     """Log what was found and chosen, but for what was `said` as a warning already."""
-    known = set(said)
+    known = {*said, *startup.warm.warned}
     for line in startup.messages:
         if line not in known:
             log.info("%s", line)
 
 
-def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any], *, resume: str) -> Startup:
+def start(
+    cache: TrainingCache,
+    objects: Mapping[str, Any],
+    needed: Mapping[str, Any],
+    *,
+    resume: str,
+    wish: Wish | None = None,
+) -> Startup:
     """Restore what the policy `resume` chooses into `objects`; a fresh start leaves them as they are.
 
     Args:
         needed: the configurations that must fit: model_config and data_config.
+        wish: from where weights are taken, if there is nothing to resume from.
     """
     restored = cache.restore(objects, resume=resume, **needed)
     description = cache.needed(objects, **needed)
@@ -102,13 +118,22 @@ def start(cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str,
     found = _found(catalog)
     explanations = [] if resume == "never" else catalog.explain(description)
     if restored is None:
-        return Startup(messages=(found, *cache.last_notes, *_why_fresh(explanations, resume)))
+        if wish is None:
+            could = donors(catalog, objects, description) if resume != "never" else []
+            warm = Warmed(messages=hint(len(could)))
+        else:
+            warm = give_weights(cache, objects, description, wish)
+        start = "starts fresh" if warm.report is None else "starts a new training"
+        why = _why_fresh(explanations, resume, start)
+        return Startup(messages=(found, *cache.last_notes, *why, *warm.messages), warm=warm)
     record = restored.record
     policy = "rollback" if restored.by_rollback else resume
     lines = [found, _resumed(record, explanations, policy), *restored.notes, *_passed_over(explanations)]
     is_comparable = catalog.judge(record, description).comparable
     if not is_comparable and record.val_loss is not None:
         lines.append("the validation data differ from those of the checkpoint: the first evaluation sets the baseline")
+    if wish is not None and isinstance(wish.wanted, str):
+        lines.append(f"no weights are taken from {wish.wanted}: there is a checkpoint to resume from (or resume=never)")
     report = restored.report
     return Startup(
         record,
@@ -161,7 +186,8 @@ def continued_by(catalog: Catalog, record: CheckpointMetadata, *, before: Sessio
 
     The rest of the session that saved it counts as well: it went on, and its batches were seen.
     """
-    children = [s for s in catalog.index.sessions.values() if s.parent == record.id and s.order < before.order]
+    followers = [s for s in catalog.index.sessions.values() if s.parent == record.id and not s.warm_start]
+    children = [s for s in followers if s.order < before.order]
     if children:
         return f"{len(children)} session{'s' * (len(children) > 1)} went on from it already"
     own = catalog.index.sessions.get(record.session or "")
@@ -233,10 +259,10 @@ def _passed_over(explanations: Iterable[Explanation]) -> list[str]:
     return [*lines, f"  and {rest} more (`ckptcache explain` lists all)"] if rest else lines
 
 
-def _why_fresh(explanations: list[Explanation], resume: str) -> tuple[str, ...]:
+def _why_fresh(explanations: list[Explanation], resume: str, start: str) -> tuple[str, ...]:
     if resume == "never":
-        return ("starts fresh, as asked; what is there stays",)
+        return (f"{start}, as asked; what is there stays",)
     if not explanations:
-        return ("starts fresh: there is nothing to resume from",)
+        return (f"{start}: there is nothing to resume from",)
     why = (f"  {line}" for line in why_not(explanations, _REJECTED))
-    return ("starts fresh: no checkpoint can be resumed from", *why)
+    return (f"{start}: no checkpoint can be resumed from", *why)

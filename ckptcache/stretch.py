@@ -70,15 +70,16 @@ class Stretch:
         if self.startup.reseeded:
             record = self._cache.record_session(record.changed(reseeded=True))
         self.tally = Tally(record, found.record if found.is_comparable else None)
-        self.saves = Checkpointer(self._cache, self.tally, self._configs, found.record, self._events)
+        self.saves = Checkpointer(self._cache, self.tally, self._configs, found.parent, self._events)
         self.counter.remove()
         self.counter = StepCounter(found.iteration, objects.values())
 
     def _new_record(self, found: Startup) -> SessionRecord:
         return SessionRecord(
             id=self.id,
-            parent=None if found.record is None else found.record.id,
+            parent=None if found.parent is None else found.parent.id,
             resume=self._resume,
+            warm_start=found.warm.report is not None,
             started_at=utc_now(),
             start_iteration=found.iteration,
             end_iteration=found.iteration,

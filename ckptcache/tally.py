@@ -55,8 +55,10 @@ class Tally:
         self._change(last_val_loss=loss, first_val_loss=loss if first is None else first)
         if math.isfinite(loss) and (best is None or loss < best):
             self._change(best_val_loss=loss)
-        if iteration == self.record.start_iteration and self.record.parent is not None:
-            self._note_best(self.record.parent, loss)
+        # A warm start's donor was another model: what is measured first is no loss of its.
+        parent = None if self.record.warm_start else self.record.parent
+        if iteration == self.record.start_iteration and parent is not None:
+            self._note_best(parent, loss)
 
     def measured(self, iteration: int) -> dict[str, Any]:
         """What was measured at `iteration`; where no loss was, when the last one was, and what it gave."""
@@ -149,7 +151,7 @@ def summary_of(record: SessionRecord, cache_dir: Path) -> dict[str, Any]:
     return {
         "session": record.id,
         "parent": record.parent,
-        "resumed_from": record.parent,
+        "resumed_from": None if record.warm_start else record.parent,
         "start_iteration": record.start_iteration,
         "end_iteration": record.end_iteration,
         **{name: None if loss is None else encode_float(loss) for name, loss in losses.items()},

@@ -35,6 +35,7 @@ examples:
   train_cached.py                              300 iterations more, from the best so far
   train_cached.py --max_iters 2000             up to 2,000 iterations in all
   train_cached.py --force_fresh_start          begin at 0; nothing is removed
+  train_cached.py --n_layer 6 --warm_start     a larger model, from what smaller ones have learned
   train_cached.py --data_dir my_texts --json   one JSON object on stdout at the end
 
 Dashes work as well as underscores. What is on the command line wins over --config, that over the default."""
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
         add(cache, f"--{name}", type=kind, help=setting_help(CacheConfig, name))
     add(cache, "--resume", metavar="best|latest|auto|never|ID", help="from which checkpoint (default: best)")
     add(cache, "--force_fresh_start", action="store_true", default=None, help="the same as --resume never")
+    say = "where nothing can be resumed from, begin with the weights of ID (or DIR:ID), or of what fits best"
+    add(cache, "--warm_start", nargs="?", const=True, metavar="ID", help=say)
     add(p, "--json", action="store_true", default=None, help="one JSON object on stdout at the end")
     return p
 
@@ -118,6 +121,9 @@ def check_kinds(options: Mapping[str, Any]) -> None:
     for name in ("force_fresh_start", "json"):
         if not isinstance(options.get(name, False), bool):
             raise InvalidValue(name=name, value=options[name], reason="it must be true or false")
+    warm = options.get("warm_start", False)
+    if not (isinstance(warm, bool) or (isinstance(warm, str) and warm)):
+        raise InvalidValue(name="warm_start", value=warm, reason="it must be true, false, or the id of a checkpoint")
 
 
 def check_folder(path: Path) -> None:
@@ -199,6 +205,7 @@ def prepare(
             callbacks=(TrainingDisplay(console),),
             resume=options.get("resume", "best"),
             keep_saved_learning_rate="learning_rate" not in options,
+            warm_start=options.get("warm_start", False),
             summary_path=out_dir / "training_summary.json",
         )
     say(console, f"text: {corpus.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate")
@@ -268,6 +275,7 @@ def arguments_to_go_on(given: Sequence[str], summary: Mapping[str, Any], options
     """`given`, but for what would begin again or has been reached: a fresh start, an id, max_iters."""
     first, last = summary["start_iteration"], summary["end_iteration"]
     kept = without(given, "force_fresh_start", values=0)
+    kept = without(kept, "warm_start", values=int(isinstance(options.get("warm_start"), str)))
     if options.get("resume", "best") not in ("best", "latest", "auto"):
         kept = without(kept, "resume", values=1)
         # A settings file that asks for a fresh start goes on asking.

@@ -14,15 +14,16 @@ from pathlib import Path
 Tree = Mapping[str, str]
 
 FLOORS = {
-    1: ("errors", "values", "config", "metadata", "environment", "words"),
+    1: ("errors", "values", "config", "metadata", "environment", "words", "elsewhere"),
     2: ("storage", "policy", "state", "history"),
     3: (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
         *("checkup", "transfer", "backup", "unpacking", "cache", "contrast", "difference", "diffing"),
     ),
     4: (
-        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),
-        *("stretch", "recovery", "proof", "judging", "trace", "session", "trainer", "display", "proving", "testing"),
+        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "warming"),
+        *("startup", "stretch", "recovery", "proof", "judging", "trace", "session", "trainer", "display", "proving"),
+        "testing",
         *("workflow", "distributed", "mirror", "report", "progress"),
     ),
     5: ("nanecho", "integrations", "dashboard", "cli"),
@@ -36,8 +37,9 @@ STAIRS = (
         *("checkup", "transfer", "backup", "unpacking", "cache", "contrast", "difference", "diffing"),
     ),
     (
-        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "startup"),
-        *("stretch", "recovery", "proof", "judging", "trace", "session", "trainer", "display", "proving", "testing"),
+        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "warming"),
+        *("startup", "stretch", "recovery", "proof", "judging", "trace", "session", "trainer", "display", "proving"),
+        "testing",
         "workflow",
     ),
 )
@@ -48,8 +50,8 @@ TOP_LEVEL = frozenset(
     "constraints.txt .gitignore".split()
 )
 DOCS = frozenset(
-    "design.md cli.md errors.md resuming.md slurm.md examples.md exactness.md formats.md names.md benchmarks.md "
-    "github-actions.md "
+    "design.md cli.md errors.md resuming.md slurm.md examples.md exactness.md warm-start.md formats.md names.md "
+    "benchmarks.md github-actions.md "
     "benchmarks.png comprehensive_demo.png".split()
 )
 

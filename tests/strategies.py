@@ -74,6 +74,7 @@ def sessions(draw: st.DrawFn, id: str | None = None) -> SessionRecord:
         **dict.fromkeys(("parent", "best_checkpoint", "rolled_back"), st.none() | ids),
         "seconds": st.floats(),
         "reseeded": st.booleans(),
+        "warm_start": st.booleans(),
         "curves": curves,
         "environment": json_mappings,
         "unknown": unknown_fields,

@@ -35,6 +35,7 @@ SAMPLES = {
     "Incompatible": {"id": ID, "reason": "does not fit: n_head: saved 4, needed 8"},
     "SessionNotFound": {"id": "sess_20260102_030405_0123abcd", "path": PATH},
     "AmbiguousSession": {"prefix": "sess_2", "count": 3, "examples": "a, b, c"},
+    "CannotWarmStart": {"id": ID, "reason": "it has no parameter that this model has"},
     "InvalidTokenFile": {"path": PATH, "reason": "it has an odd length"},
     "NotCacheable": {"key": "tokens", "kind": "an object array", "remedy": "save it as numbers"},
     "InvalidRunName": {"name": "../x"},

@@ -93,6 +93,7 @@ SESSION = {
     "parent": maybe(ids),
     "resume": text.filter(bool),
     "reseeded": st.booleans(),
+    "warm_start": st.booleans(),
     "config": maybe(text.filter(bool)),
     "started_at": text,
     "ended_at": maybe(text.filter(bool)),

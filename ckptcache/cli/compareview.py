@@ -7,9 +7,10 @@ from typing import Any
 from ckptcache import contrast, resume, words
 from ckptcache.catalog import Catalog
 from ckptcache.cli import output, sessionlist
-from ckptcache.cli.elsewhere import Place, open_place
+from ckptcache.cli.elsewhere import open_place
 from ckptcache.cli.sketch import ASCII, BARS, sketch
 from ckptcache.cli.tables import Column, needed_width, setting_text, table
+from ckptcache.elsewhere import Place
 from ckptcache.errors import AmbiguousSession, CheckpointNotFound, SessionNotFound
 from ckptcache.metadata import SessionRecord
 from ckptcache.progress.losses import points

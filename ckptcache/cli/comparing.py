@@ -6,8 +6,9 @@ import click
 
 from ckptcache.cli import output
 from ckptcache.cli.bars import progress_bar
-from ckptcache.cli.elsewhere import open_place, place
+from ckptcache.cli.elsewhere import open_place
 from ckptcache.cli.options import CheckpointType, common
+from ckptcache.elsewhere import place
 
 if TYPE_CHECKING:
     from ckptcache.diffing import Side, Source

@@ -120,7 +120,8 @@ def _details(
 ) -> Iterator[tuple[str, str]]:
     yield "metrics", words.settings(record.metrics)
     yield "learning_rate", ", ".join(f"{rate:g}" for rate in record.learning_rate)
-    resumed = f", which resumed from {session.parent}" if session is not None and session.parent else ""
+    how = "took its weights" if session is not None and session.warm_start else "resumed"
+    resumed = f", which {how} from {session.parent}" if session is not None and session.parent else ""
     yield "session", f"{record.session}{resumed}" if record.session else ""
     yield "parents", ", ".join(record.parents)
     yield "children", ", ".join([*children["sessions"], *children["checkpoints"]])

@@ -6,15 +6,16 @@ to Improve Language Models", 2017), residual projections initialised smaller by 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
-from blake3 import blake3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ckptcache.errors import InvalidValue
+from ckptcache.nanecho.connections import layer_seed, order_of, share_of
+from ckptcache.nanecho.growth import grown
 from ckptcache.nanecho.settings import NanEchoConfig as NanEchoConfig
 
 INITIAL_STD = 0.02
@@ -62,7 +63,7 @@ class MaskedLinear(nn.Linear):
     def _activate_next(self, count: int, seed: int) -> Tensor:
         # What is active already is skipped, not assumed: a mask restored from elsewhere never shrinks.
         flat = self.mask.view(-1)
-        order = torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(seed)).to(flat.device)
+        order = order_of(flat.numel(), seed).to(flat.device)
         chosen = order[~flat[order]][:count]
         flat[chosen] = True
         return chosen
@@ -150,7 +151,7 @@ class NanEcho(nn.Module):
         self.apply(_initialise)
         self._shrink_residual_projections()
         for layer, seed in self._masked_layers():
-            layer.start(_share(config.connection_ratio, layer), seed)
+            layer.start(share_of(config.connection_ratio, layer.weight.numel()), seed)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict each position's next token.
@@ -214,14 +215,29 @@ class NanEcho(nn.Module):
             raise InvalidValue(name="to_ratio", value=to_ratio, reason=reason)
         if to_ratio <= self.connection_ratio:
             return 0
-        grown = sum(layer.grow(_share(to_ratio, layer), seed) for layer, seed in self._masked_layers())
+        grown = sum(layer.grow(share_of(to_ratio, layer.weight.numel()), seed) for layer, seed in self._masked_layers())
         self.ratio.fill_(to_ratio)
         return grown
+
+    def grown_state_dict(
+        self, donor_state: Mapping[str, Tensor], donor_config: Mapping[str, Any] | None
+    ) -> dict[str, Tensor]:
+        """What a warm start makes of a smaller NanEcho's state for this one; `growth.grown` says how.
+
+        Args:
+            donor_state: the donor's tensors under this class's names.
+            donor_config: the donor's configuration; without it nothing can be known of its heads, and only tensors
+                of the same shape are taken.
+
+        Returns:
+            Tensors under this model's names and of its shapes; what is left out stays as it is.
+        """
+        return grown(donor_state, donor_config, self.config, self.state_dict())
 
     def _masked_layers(self) -> Iterator[tuple[MaskedLinear, int]]:
         for name, module in self.named_modules():
             if isinstance(module, MaskedLinear):
-                yield module, _layer_seed(name, self.config.connection_seed)
+                yield module, layer_seed(name, self.config.connection_seed)
 
     def _shrink_residual_projections(self) -> None:
         for name, parameter in self.named_parameters():
@@ -294,14 +310,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=INITIAL_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _share(ratio: float, layer: MaskedLinear) -> int:
-    return max(1, round(ratio * layer.weight.numel()))
-
-
-def _layer_seed(name: str, seed: int) -> int:
-    return int.from_bytes(blake3(f"{seed}:{name}".encode()).digest(length=8), "little") >> 1
 
 
 def _check_sampling(temperature: float, top_k: int | None) -> None:

@@ -22,6 +22,7 @@ RUN_OPTIONS = (
     "min_improvement_threshold",
     "force_fresh_start",
     "resume",
+    "warm_start",
     "json",
 )
 """Options of a run that are neither the model's nor the training's; a settings file may hold them too."""

@@ -81,7 +81,7 @@ def _figure(view: RunView, drawn: Sequence[tuple[SessionRecord, Points]]) -> "Fi
     _draw_newest(axes, view, newest, most=_POINTS_WHEN_CROWDED if is_crowded else _POINTS)
     _draw_lowest(axes, view, drawn)
     _scale(axes, [value for _, found in drawn for _, value in found])
-    _legend(axes, len(older), has_resumed=any(s.parent is not None for s, _ in newest))
+    _legend(axes, len(older), has_resumed=any(_has_resumed(s) for s, _ in newest))
     if is_crowded:
         _draw_inset(figure, view, newest)
     return figure
@@ -134,8 +134,12 @@ def _draw_session(
         axes.plot(*zip(*thin(train, _TRAIN_POINTS), strict=True), color=colour, lw=0.8, alpha=0.25)
     width = 2.2 if is_newest else 1.4
     axes.plot(*zip(*_line(found, most), strict=True), color=colour, lw=width, solid_capstyle="round", label=label)
-    if most == _POINTS and session.parent is not None:
+    if most == _POINTS and _has_resumed(session):
         axes.plot(*found[0], "o", color=colour, ms=5, mfc="white", mew=1.4, zorder=4)
+
+
+def _has_resumed(session: SessionRecord) -> bool:
+    return session.parent is not None and not session.warm_start
 
 
 def _within(train: Points, found: Points) -> Points:

@@ -61,7 +61,10 @@ def _relative(new: float | None, old: float | None) -> str:
 
 
 def _parent(session: SessionRecord, labels: Labels) -> str:
-    return code(labels.short(session.parent)) if session.parent else "a fresh start"
+    if session.warm_start and not session.parent:
+        return "weights of another cache"
+    weights = " (weights)" if session.warm_start else ""
+    return f"{code(labels.short(session.parent))}{weights}" if session.parent else "a fresh start"
 
 
 def _seconds(value: float | None) -> str:

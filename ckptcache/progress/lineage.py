@@ -126,6 +126,8 @@ def _session_lines(session: SessionRecord, short: str) -> Iterator[str]:
     yield short
     loss = f", val loss {words.number(session.last_val_loss)}" if session.last_val_loss is not None else ""
     yield f"iterations {iterations(session)}{loss}"
+    if session.warm_start:
+        yield "warm start, weights only"
     if session.stop_reason != "finished":
         yield printable(ending(session), 24)
 

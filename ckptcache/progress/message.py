@@ -80,6 +80,8 @@ def _body(change: RunChange) -> list[str]:
 
 def _session_line(run: str, session: SessionRecord) -> str:
     origin = f"from {session.parent}" if session.parent else "from a fresh start"
+    if session.warm_start:
+        origin = f"with the weights of {session.parent or 'another cache'}"
     losses = f"val_loss {_number(session.first_val_loss)} to {_number(session.last_val_loss)}"
     how = printable(session.stop_reason or "unfinished", _LONGEST_REASON)
     return (

@@ -187,7 +187,7 @@ def _session_table(sessions: Sequence[SessionRecord], labels: Labels) -> list[st
             unbroken(iterations(s)),
             *(words.number(loss) for loss in (s.first_val_loss, s.last_val_loss, s.best_val_loss)),
             unbroken(word(ending(s))),
-            code(labels.short(s.parent)) if s.parent else "",
+            f"{code(labels.short(s.parent))}{' (weights)' * s.warm_start}" if s.parent else "",
         ]
         for s in sessions
     )

@@ -5,16 +5,15 @@ import shutil
 import subprocess
 import sys
 
-import click
 import pytest
 import torch
 from torch import nn
 
 from ckptcache.cache import TrainingCache
 from ckptcache.cli.compareview import find
-from ckptcache.cli.elsewhere import Place, place
 from ckptcache.cli.sketch import ASCII, sketch
-from ckptcache.errors import AmbiguousSession, SessionNotFound
+from ckptcache.elsewhere import Place, place
+from ckptcache.errors import AmbiguousSession, InvalidValue, SessionNotFound
 from ckptcache.metadata import SessionRecord
 from ckptcache.session import TrainingSession
 from cli.conftest import ckptcache_cli, environment, on_terminal, save, terminal
@@ -99,7 +98,7 @@ def test_an_argument_names_a_folder_before_its_last_colon(text, windows, expecte
     [("runs:", False), (":best", False), ("C:\\runs\\cache", True), ("C:/runs", False), (":", True)],
 )
 def test_a_folder_without_an_id_is_refused(text, windows):
-    with pytest.raises(click.BadParameter, match="write DIR:ID"):
+    with pytest.raises(InvalidValue, match="write DIR:ID"):
         place(text, windows=windows)
 
 
@@ -236,7 +235,7 @@ def test_looking_elsewhere_leaves_no_trace(trained):
         ("{folder}:nobody", 3, "CheckpointNotFound"),
         ("{folder}/none:best", 3, "CacheNotFound"),
         ("{folder}/metadata.json:best", 1, "CacheDirIsFile"),
-        ("{folder}:", 2, "BadParameter"),
+        ("{folder}:", 2, "InvalidValue"),
         ("ckpt_", 2, "AmbiguousId"),
         ("{evicted}", 3, "CheckpointMissing"),
         ("{missing}", 3, "CheckpointMissing"),

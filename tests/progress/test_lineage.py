@@ -65,6 +65,15 @@ def test_a_fresh_start_has_no_checkpoint_before_it():
     assert all(a.startswith("s") for a, _ in edges)
 
 
+def test_a_session_that_only_took_weights_says_so():
+    view = run(2)
+    last = view.sessions[0]
+    view.index.sessions[last.id] = dataclasses.replace(last, warm_start=True)
+    nodes, edges = parse(mermaid(view))
+    assert "warm start, weights only" in nodes[named(nodes, last.id[:20])][0]
+    assert len(edges) == 3
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "told"),
     [

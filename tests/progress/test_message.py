@@ -60,3 +60,9 @@ def test_the_best_is_that_of_the_model_that_was_trained():
 
 def subject(before, after):
     return commit_message([RunChange(before, after)]).splitlines()[0]
+
+
+def test_a_warm_start_says_whose_weights_it_had():
+    line = commit_message([changed(parent="ckpt_donor", warm_start=True)]).split("\n")[2]
+    assert ", with the weights of ckpt_donor, iterations 0 to 10," in line
+    assert ", with the weights of another cache, " in commit_message([changed(warm_start=True)])

@@ -71,6 +71,14 @@ def test_the_last_session_is_compared_with_the_one_before():
     assert rows["session"][:2] == ["`sess_20260102_000001`", "`sess_20260102_000000`"]
     assert rows["went on from"] == ["`ckpt_20260102_000000`", "a fresh start", ""]
     assert rows["iterations"] == ["40 to 80", "0 to 40", "+0 steps"]
+    view.index.sessions[last.id] = dataclasses.replace(last, warm_start=True)
+    rows = {row[0]: row[1:] for row in table(page.readme([view]), "")}
+    assert rows["went on from"] == ["`ckpt_20260102_000000` (weights)", "a fresh start", ""]
+    view.index.sessions[last.id] = dataclasses.replace(last, warm_start=True, parent=None)
+    rows = {row[0]: row[1:] for row in table(page.readme([view]), "")}
+    assert rows["went on from"][0] == "weights of another cache"
+    view.index.sessions[last.id] = dataclasses.replace(last, seconds=1.0, stop_reason=None)
+    rows = {row[0]: row[1:] for row in table(page.readme([view]), "")}
     assert rows["last val loss"] == ["1.7857", "2.7778", "-0.9921 (-35.7 %)"]
     assert rows["seconds"] == ["1", "2", "-50.0 %"]
     assert rows["iterations per second"] == ["40", "20", "+100.0 %"]

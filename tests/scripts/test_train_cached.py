@@ -141,6 +141,48 @@ def test_a_run_begins_fresh_and_the_next_goes_on_better_and_a_third_begins_again
     assert tiny("--json").summary["resumed_from"] == second.summary["best_checkpoint"]
 
 
+def test_a_larger_model_begins_with_what_a_smaller_one_has_learned():
+    donor = tiny("--json", "--connection_growth_interval", "4")
+    best = donor.summary["best_checkpoint"]
+    grown = tiny("--json", "--n_layer", "2", "--warm_start", "--min_improvement_threshold", "0")
+    assert f"warm start from {best} (fits only in part: n_layer: saved 1, needed 2)" in grown.err
+    assert "14 of 24 tensors taken, 0 resized, 10 fresh (blocks.1.*)" in grown.err
+    summary = grown.summary
+    assert (summary["start_iteration"], summary["parent"], summary["resumed_from"]) == (0, best, None)
+    assert summary["first_val_loss"] == pytest.approx(donor.summary["best_val_loss"], abs=1e-5)
+    assert summary["best_val_loss"] < summary["first_val_loss"]
+    assert "--warm_start" not in commands(grown)[0]
+
+    again = tiny("--json", "--n_layer", "2", "--warm_start")
+    assert again.summary["start_iteration"] == 12
+    assert "warm start" not in again.err
+    hint = tiny("--n_layer", "3", "--session_iters", "1")
+    assert re.search(r"\d+ checkpoints could give a warm start, weights only: .* --warm_start", hint.err)
+
+
+def test_weights_can_come_from_a_checkpoint_that_is_named_also_in_another_cache():
+    donor = tiny("--json")
+    wanted = f"out/cache:{donor.summary['best_checkpoint']}"
+    options = ("--n_embd", "24", "--out_dir", "other", "--force-fresh-start", f"--warm-start={wanted}")
+    grown = tiny("--json", *options)
+    assert f"warm start from {wanted} (fits only in part: n_embd: saved 16, needed 24)" in grown.err
+    assert grown.summary["first_val_loss"] == pytest.approx(donor.summary["best_val_loss"], abs=1e-5)
+    assert (grown.summary["parent"], grown.summary["resumed_from"]) == (None, None)
+
+    ended = tiny("--n_embd", "8", "--warm_start", donor.summary["best_checkpoint"])
+    assert ended.code == 3
+    assert "can't give this run its weights: it has no parameter that this model has: wte.weight" in ended.err
+    assert tiny("--n_embd", "8", "--warm_start", "ckpt_none").code == 3
+
+
+def test_a_settings_file_may_ask_for_a_warm_start():
+    tiny()
+    Path("warm.json").write_text(json.dumps({**TINY, "n_layer": 2, "warm_start": True}))
+    assert "warm start from ckpt_" in run("--config", "warm.json").err
+    Path("warm.json").write_text(json.dumps({**TINY, "warm_start": 3}))
+    assert run("--config", "warm.json").sentence.startswith("warm_start cannot be 3: it must be true, false, or the id")
+
+
 def test_piped_it_prints_plain_lines_and_everything_but_the_result_on_stderr():
     ended = tiny()
     assert ended.out == ""
@@ -376,6 +418,9 @@ def test_started_by_dev_py_the_command_is_the_one_that_was_typed():
     [
         (["--resume", "never", "--json"], ["--json"]),
         (["--resume=ckpt_x"], []),
+        (["--warm_start", "--json"], ["--json"]),
+        (["--warm-start", "ckpt_x", "--seed", "3"], ["--seed", "3"]),
+        (["--warm-start=ckpt_x", "--seed", "3"], ["--seed", "3"]),
         (["--resume", "latest"], ["--resume", "latest"]),
         (["--force_fresh_start", "--seed", "3"], ["--seed", "3"]),
         (["--max-iters", "10"], ["--max_iters", "20"]),
