@@ -192,6 +192,11 @@ class TrainingSession:
         """What was found, what was chosen and why, what was passed over and why; a line each."""
         return self._startup.messages
 
+    def tell(self, line: str) -> None:
+        """Add to `messages` what a front end has to say of how the session starts, and log it."""
+        self._stretch.startup = self._startup.telling([line])
+        log.info("%s", line)
+
     @property
     def report(self) -> RestoreReport:
         """Which parts were restored, which stayed fresh, and which parts of the checkpoint went unused."""

@@ -31,7 +31,7 @@ FLOORS = {
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
 STAIRS = (
-    ("errors", "values", "config", "metadata"),
+    ("errors", "values", "elsewhere", "config", "metadata"),
     (
         *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
         *("checkup", "transfer", "backup", "unpacking", "cache", "contrast", "difference", "diffing"),

@@ -1,6 +1,5 @@
 """CachedNanEchoTrainer: the main job, a small GPT whose connections grow, trained on text."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,8 +17,6 @@ from ckptcache.nanecho.settings import NanEchoConfig, TrainingSettings
 from ckptcache.recovery import Divergence
 from ckptcache.state.rng import seed_everything
 from ckptcache.trainer import CachedTrainer, Callback
-
-log = logging.getLogger("ckptcache")
 
 
 class Schedule(Callback):
@@ -55,9 +52,11 @@ class Schedule(Callback):
         """Put the settings in force over those that the checkpoint's optimizer was saved with."""
         asked, now = self._asked, self._settings.learning_rate
         if self._saved is not None and self._keeps_saved and now != asked:
-            log.info("learning_rate is %g, as saved; the default is %g (--learning_rate changes it)", now, asked)
+            trainer.session.tell(
+                f"learning_rate is {now:g}, as saved; the default is {asked:g} (--learning_rate changes it)"
+            )
         elif self._saved is not None and self._saved != now:
-            log.info("learning_rate is %g, as asked; saved was %g", now, self._saved)
+            trainer.session.tell(f"learning_rate is {now:g}, as asked; saved was {self._saved:g}")
         trainer.session.on("diverged", self._lower)
         fresh = parameter_groups(self._model, self._settings.weight_decay)
         for group, new in zip(trainer.optimizer.param_groups, fresh, strict=True):

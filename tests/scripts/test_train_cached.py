@@ -538,7 +538,7 @@ def test_a_learning_rate_that_is_far_too_high_is_recovered_from_and_not_asked_fo
     assert re.search(r"went back to a good checkpoint (once|\d times), because the loss had diverged", result.err)
     assert "--learning_rate" not in next(line for line in result.err.splitlines() if line.startswith("go on:"))
     third = tiny(*size, "--resume", "latest", "--session_iters", "1")
-    assert re.search(r"saved was 0\.\d+", third.err), "tiny.json asks for one"
+    assert re.search(r"learning_rate is 0\.\d+, as saved; the default is 0\.004", third.err)
 
 
 def test_an_interrupt_while_it_loads_ends_without_a_traceback():
