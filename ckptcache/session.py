@@ -1,27 +1,21 @@
 """TrainingSession: one process's stretch of training. It resumes, logs, saves, and leaves a record."""
 
-import atexit
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
-
-import orjson
 
 from ckptcache import trace
 from ckptcache.cache import TrainingCache
-from ckptcache.checkpointing import SURVIVABLE
 from ckptcache.config import in_scratch
 from ckptcache.deadline import Deadline
-from ckptcache.errors import CkptCacheError, InvalidValue, SessionClosed
+from ckptcache.ending import Ending
+from ckptcache.errors import InvalidValue, SessionClosed
 from ckptcache.events import Events, Handler
-from ckptcache.metadata import POLICIES, CheckpointMetadata, SessionRecord
+from ckptcache.metadata import POLICIES, CheckpointMetadata
 from ckptcache.overrides import (
     apply_overrides,
     check_overrides,
@@ -37,12 +31,9 @@ from ckptcache.registry import Registry
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start
 from ckptcache.state.renaming import KeyMap
-from ckptcache.state.restore import RNG, RestoreReport, apply
-from ckptcache.state.rng import capture_rng, derived_seed
-from ckptcache.state.warmreport import WarmStartReport
-from ckptcache.storage import fs
+from ckptcache.state.restore import apply
+from ckptcache.state.rng import derived_seed
 from ckptcache.stretch import Stretch
-from ckptcache.tally import summary_of
 from ckptcache.values import plain_config
 from ckptcache.warming import wish_of
 
@@ -52,7 +43,7 @@ SUMMARY_NAME = "training_summary.json"
 _MAX_SECONDS = "CKPTCACHE_MAX_SECONDS"
 
 
-class TrainingSession:
+class TrainingSession(Ending):
     """Makes a training loop resumable.
 
     ``with TrainingSession(cache, model=model, optimizer=optimizer, ...) as session:`` resumes at
@@ -160,87 +151,6 @@ class TrainingSession:
     def _new_stretch(self, resume: str) -> Stretch:
         return Stretch(self.cache, self._registry, self.configs, self._events, resume=resume)
 
-    # --- what it found ---------------------------------------------------------------------------
-
-    @property
-    def id(self) -> str:
-        """The session's id; after a divergence, that of the branch that it went on with."""
-        return self._stretch.id
-
-    @property
-    def resumed_from(self) -> CheckpointMetadata | None:
-        """The checkpoint that it resumed from; None after a fresh start."""
-        return self._startup.record
-
-    @property
-    def warm_start_report(self) -> WarmStartReport | None:
-        """What a warm start took, resized and left, tensor by tensor; None without one."""
-        return self._startup.warm.report
-
-    @property
-    def start_iteration(self) -> int:
-        """Where it started: the iteration of `resumed_from`, or 0."""
-        return self._startup.iteration
-
-    @property
-    def is_comparable(self) -> bool:
-        """Whether the losses of `resumed_from` were measured on the validation data at hand."""
-        return self._startup.is_comparable
-
-    @property
-    def messages(self) -> tuple[str, ...]:
-        """What was found, what was chosen and why, what was passed over and why; a line each."""
-        return self._startup.messages
-
-    def tell(self, line: str) -> None:
-        """Add to `messages` what a front end has to say of how the session starts, and log it."""
-        self._stretch.startup = self._startup.telling([line])
-        log.info("%s", line)
-
-    @property
-    def report(self) -> RestoreReport:
-        """Which parts were restored, which stayed fresh, and which parts of the checkpoint went unused."""
-        return self._startup.report
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """Plain values that are saved with every checkpoint and come back at a resume: change them as you like."""
-        return self._registry.values
-
-    @property
-    def iteration(self) -> int:
-        """Optimizer steps taken so far, over all sessions."""
-        return self._stretch.counter.iteration
-
-    @property
-    def stop_reason(self) -> str | None:
-        """Why `steps` ended; None while it goes on."""
-        return self._stop_reason
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it has ended."""
-        return self._state == "closed"
-
-    @property
-    def evaluated_at(self) -> int | None:
-        """The iteration of the last evaluation in this session; None before the first."""
-        return self._stretch.tally.evaluated_at
-
-    @property
-    def recoveries(self) -> int:
-        """How often it went back to a checkpoint because it had diverged."""
-        return self._recoveries
-
-    @property
-    def record(self) -> SessionRecord:
-        """The session's record as it stands, and once the session is closed, as it was then."""
-        return self._stretch.record(self._stop_reason)
-
-    @property
-    def _startup(self) -> Startup:
-        return self._stretch.startup
-
     def on(self, event: str, handler: Handler) -> None:
         """Call `handler` at each `event` with what it tells; one that raises is reported, and training goes on.
 
@@ -253,7 +163,7 @@ class TrainingSession:
         """
         self._events.on(event, handler)
 
-    # --- entry and exit --------------------------------------------------------------------------
+    # --- entry ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         if self._state != "new":
@@ -293,126 +203,7 @@ class TrainingSession:
     def _needed(self) -> dict[str, Any]:
         return {name: self.configs[name] for name in ("model_config", "data_config")}
 
-    def start(self) -> Self:
-        """Enter without a ``with`` block, for a script whose loop is not to be indented; `close` ends it.
-
-        A script that ends without `close`, by an error say, ends the session as one: without a last checkpoint.
-        """
-        self.__enter__()
-        atexit.register(self._abandon)
-        return self
-
-    def close(self) -> None:
-        """End the session that `start` began, with a last save; does nothing where it has ended.
-
-        Raises what the end of a ``with`` block raises: SaveFailed, KeyboardInterrupt or SystemExit.
-        """
-        atexit.unregister(self._abandon)
-        self.__exit__(None, None, None)
-
-    def _abandon(self) -> None:
-        if self._state == "open" and os.getpid() == self._owner:
-            self.__exit__(SystemExit, SystemExit("the program ended without close()"), None)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._state == "open":
-            try:
-                if error is None:
-                    self._finish()
-                else:
-                    self._fail(error)
-            finally:
-                self._close()
-        if error is None:
-            self._pass_on_signal()
-
-    def _finish(self) -> None:
-        self._stretch.counter.abandon()
-        if self._stop_reason is None:
-            self._stop_reason = "finished" if self._signals.stop is None else "signal"
-        try:
-            self._stretch.saves.collect()
-        except BaseException:
-            self._stop_reason = "error"
-            raise
-        finally:  # whatever became of the save before
-            if self._owes_last_save():
-                self._save_last()
-
-    def _owes_last_save(self) -> bool:
-        has_diverged = self._recovery is not None and self._recovery.found is not None
-        is_new = self.iteration > self.start_iteration and self._stretch.tally.saved_at != self.iteration
-        return is_new and not has_diverged
-
-    def _save_last(self) -> None:
-        """A last save that fails makes the run end non-zero."""
-        try:
-            self._stretch.saves.save("final", self._state_now(), lambda: self.record, blocking=True)
-        except CkptCacheError as error:
-            self._stretch.tally.failed(self.iteration)
-            self._stop_reason = "error"
-            self._events.emit("save_failed", error)
-            raise
-        except BaseException as error:
-            self._stop_reason = "signal" if isinstance(error, KeyboardInterrupt) else "error"
-            raise
-
-    def _fail(self, error: BaseException) -> None:
-        """No checkpoint: the state in the middle of a step that failed is nothing to resume from."""
-        self._stretch.saves.collect()
-        is_signal = isinstance(error, KeyboardInterrupt) or self._signals.stop is not None
-        self._stop_reason = "signal" if is_signal else "error"
-        last = self._stretch.tally.last_saved or self._startup.record
-        log.warning(
-            "the session ends by %s at iteration %d; %s",
-            type(error).__name__,
-            self.iteration,
-            f"the last checkpoint is {last.id}" if last else "no checkpoint was saved",
-        )
-
-    def _close(self) -> None:
-        self._shut()
-        self._trace.end(self.iteration, self._stop_reason)
-        try:
-            self._stretch.close(self._stop_reason)
-            with suppress(*SURVIVABLE):
-                self._write_summary()
-        finally:
-            self._stretch.release()
-        self._events.emit("stopped", self._stop_reason)
-
-    def _shut(self) -> None:
-        self._state = "closed"
-        self._signals.uninstall()
-
-    def _pass_on_signal(self) -> None:
-        """End as the signal would have ended the process, now that everything is safe."""
-        stop, self._signals.stop = self._signals.stop, None
-        if stop == signal.SIGINT:
-            raise KeyboardInterrupt
-        if stop is not None:
-            raise SystemExit(128 + stop)
-
-    def discard(self) -> None:
-        """Close and keep nothing of this session: its checkpoints and its record go, and no summary is written.
-
-        Checkpoints that are pinned, named, or that another session resumed from stay, and the record with them.
-        """
-        self._check_open()
-        self._stop_reason = "discarded"
-        self._shut()
-        self._stretch.end(self._stop_reason)
-        try:
-            self._stretch.saves.collect()
-            self.cache.forget_session(self.id)
-            if any(session.id == self.id for session in self.cache.sessions()):
-                self.cache.record_session(self.record)
-        finally:
-            self._stretch.release()
-
-    # --- objects ---------------------------------------------------------------------------------
+    # --- objects ----------------------------------------------------------------------------------
 
     def register(self, name: str, value: Any) -> Any:
         """Save `value` from now on under `name`; if the session resumed and the checkpoint holds it, it is restored.
@@ -444,7 +235,7 @@ class TrainingSession:
         if self._startup.reseeded:
             reseed_object(name, value, derived_seed(self.seed, self.id))
 
-    # --- the loop --------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def steps(self, max_iters: int | None = None, *, session_iters: int | None = None) -> Iterator[int]:
         """The iterations that are left, counted from 0 over all sessions; one optimizer step each.
@@ -587,21 +378,12 @@ class TrainingSession:
         if self._recovery is not None:
             self._recovery.evaluated(self.iteration, loss)
 
-    # --- saving ----------------------------------------------------------------------------------
-
     def _offer(self, reason: str, **options: Any) -> CheckpointMetadata | None:
         if self._recovery is not None and self._recovery.found is not None:
             return None  # what has diverged is nothing to go back to, and would push out what is
         return self._stretch.saves.offer(reason, self._state_now(), lambda: self.record, **options)
 
-    def _state_now(self) -> dict[str, Any]:
-        return {**self._registry.state(), RNG: capture_rng()}
-
-    def _check_open(self) -> None:
-        if self._state != "open":
-            raise SessionClosed(session=self.id)
-
-    # --- when it diverges ------------------------------------------------------------------------
+    # --- when it diverges -------------------------------------------------------------------------
 
     def recover(self) -> bool:
         """If the guard has noticed a divergence, go back to the best good checkpoint, as a new branch.
@@ -650,20 +432,6 @@ class TrainingSession:
         self._recoveries += 1
         if self._recovery is not None:
             self._recovery.begin(self.cache, startup)
-
-    # --- the end ---------------------------------------------------------------------------------
-
-    def summary(self) -> dict[str, Any]:
-        """What `training_summary.json` holds."""
-        return summary_of(self.record, self.cache.cache_dir)
-
-    def _write_summary(self) -> None:
-        fs.ensure_folder(self.summary_path.parent)
-        data = orjson.dumps(self.summary(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        try:
-            fs.write_atomically(self.summary_path, data, writer=self.cache.ledger.writer)
-        except OSError as error:
-            log.warning("%s could not be written: %s", self.summary_path, fs.reason_of(error))
 
 
 def _limit_from_outside() -> float | None:
