@@ -13,64 +13,24 @@ from pathlib import Path
 
 Tree = Mapping[str, str]
 
+_THIRD = tuple(
+    "catalog resume ledger adoption background drafting rollback saving restoring checkup transfer backup unpacking "
+    "looking marking caring cache contrast difference diffing".split()
+)
+_FOURTH = tuple(
+    "curves tally events deadline overrides registry checkpointing signals warming startup stretch recovery proof "
+    "judging trace facts ending session trainer display proving testing workflow".split()
+)
 FLOORS = {
-    1: ("errors", "values", "config", "metadata", "environment", "words", "elsewhere"),
+    1: ("errors", "values", "elsewhere", "config", "metadata", "environment", "words"),
     2: ("storage", "policy", "state", "history"),
-    3: (
-        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
-        *("checkup", "transfer", "backup", "unpacking", "looking", "marking", "caring", "cache"),
-        *("contrast", "difference", "diffing"),
-    ),
-    4: (
-        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "warming"),
-        *(
-            "startup",
-            "stretch",
-            "recovery",
-            "proof",
-            "judging",
-            "trace",
-            "facts",
-            "ending",
-            "session",
-            "trainer",
-            "display",
-            "proving",
-        ),
-        "testing",
-        *("workflow", "distributed", "mirror", "report", "progress"),
-    ),
+    3: _THIRD,
+    4: (*_FOURTH, "distributed", "mirror", "report", "progress"),
     5: ("nanecho", "integrations", "dashboard", "cli"),
     6: ("__main__",),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
-STAIRS = (
-    ("errors", "values", "elsewhere", "config", "metadata"),
-    (
-        *("catalog", "resume", "ledger", "adoption", "background", "drafting", "rollback", "saving", "restoring"),
-        *("checkup", "transfer", "backup", "unpacking", "looking", "marking", "caring", "cache"),
-        *("contrast", "difference", "diffing"),
-    ),
-    (
-        *("curves", "tally", "events", "deadline", "overrides", "registry", "checkpointing", "signals", "warming"),
-        *(
-            "startup",
-            "stretch",
-            "recovery",
-            "proof",
-            "judging",
-            "trace",
-            "facts",
-            "ending",
-            "session",
-            "trainer",
-            "display",
-            "proving",
-        ),
-        "testing",
-        "workflow",
-    ),
-)
+STAIRS = (("errors", "values", "elsewhere", "config", "metadata"), _THIRD, _FOURTH)
 """Within a floor, these stand one above the other."""
 
 TOP_LEVEL = frozenset(
