@@ -175,6 +175,8 @@ def _rows(entries: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def _parent(e: Entry) -> str:
+    if e.session.warm_start:
+        return f"{_short(e, e.session.parent)} (weights)" if e.session.parent else "weights of another cache"
     return _short(e, e.session.parent) if e.session.parent else "a fresh start"
 
 

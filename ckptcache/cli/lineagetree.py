@@ -197,9 +197,9 @@ class _Planting:
             yield f"val loss {since}{words.number(last)}{beside}"
         yield self.found.states[session.id]
         if session.parent is None:
-            yield "fresh start"
+            yield "weights of another cache" if session.warm_start else "fresh start"
         else:
-            verb = "warm start from" if getattr(session, "warm_start", False) else "from"
+            verb = "weights of" if session.warm_start else "from"
             gone = "" if session.parent in self.found.catalog.index.checkpoints else ", whose record is gone"
             yield f"{verb} {self.short.get(session.parent, session.parent)}{gone}"
         if session.rolled_back is not None:

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 import shutil
@@ -120,27 +119,14 @@ def test_what_a_record_holds_is_shown_and_not_sent(cli, cache):
     assert not {"\x1b", "\x07"} & set(shown)
 
 
-def test_a_warm_start_is_said_so(cli, cache, monkeypatch):
-    from ckptcache.cli import lineage
-
-    made = lineage.lineage
-
-    @dataclasses.dataclass
-    class Warm:
-        """A session of a version that knows of warm starts."""
-
-        record: SessionRecord
-        warm_start: bool = True
-
-        def __getattr__(self, name):
-            return getattr(self.record, name)
-
-    def with_warm(*args, **kwargs):
-        found = made(*args, **kwargs)
-        return dataclasses.replace(found, sessions=[Warm(s) if s.id == "sess_c" else s for s in found.sessions])
-
-    monkeypatch.setattr(lineage, "lineage", with_warm)
-    assert f"finished, warm start from {cache.a[2]}" in cli("lineage").stdout
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_warm_start_is_told_from_a_resume_and_from_a_fresh_start(cli, cache, is_here):
+    with TrainingCache(cache.folder) as held:
+        session(held, "sess_w", cache.a[2] if is_here else None, warm_start=True)
+    told = f"weights of {cache.a[2]}" if is_here else "weights of another cache"
+    assert f"finished, {told}" in cli("lineage").stdout
+    assert told.removeprefix("weights of ").split()[0] in cli("compare", "sess_w").stdout
+    assert "a fresh start" not in cli("compare", "sess_w").stdout
 
 
 def test_nothing_is_no_tree(tmp_path):
