@@ -57,8 +57,8 @@ commands:
   lint             ruff check, ruff format --check, mypy, and whether the generated docs are up to date
   bench [ARG...]   run the benchmarks: scripts/bench ARG...
 
-Each command first does what `setup` does, which takes no time when nothing has changed. `bench` also installs
-what it measures beside the project, the first time that it is wanted.
+Each command first does what `setup` does, which takes no time when nothing has changed. `bench` and `test --all`
+also install what is measured beside the project, the first time that it is wanted.
 
 environment:
   CKPTCACHE_PYTHON   an interpreter to use as it is, instead of .venv; nothing is installed there
@@ -476,7 +476,7 @@ def train(rest: list[str], verbose: bool) -> int:
 def test(rest: list[str], verbose: bool) -> int:
     everything = "--all" in rest
     # Of an interpreter that is used as it is, programs that only some tests start aren't asked for.
-    python = interpreter(MODULES if everything else ("test",), verbose)
+    python = interpreter(MODULES if everything else ("test",), verbose, PEERS if everything else None)
     if everything:
         if _lint(python):
             raise Problem("the tests were not run, because lint failed (see above).")

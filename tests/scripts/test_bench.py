@@ -101,9 +101,9 @@ def test_a_wait_in_the_optimizer_is_seen():
 
 @pytest.mark.filterwarnings("ignore")  # what others warn of is theirs
 @pytest.mark.parametrize("name", peers.PEERS)
-def test_a_peer_restores_what_it_saved_last(name, tmp_path):
-    if (module := peers.missing(name)) is not None:
-        pytest.skip(f"{module} is not installed")
+def test_a_peer_restores_what_it_saved_last(name, tmp_path, requires):
+    module = peers.missing(name)
+    requires(f"the module {module}", module is None)
     training = workload.make_training(SMALL, length=4)
     peer = peers.PEERS[name](tmp_path / name)
     for _ in range(2):
