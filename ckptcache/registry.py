@@ -1,6 +1,7 @@
 """What a session saves and restores: live objects by name, and plain values beside them."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ckptcache.storage.ptfile import HEADER
 VALUES = "values"
 """The part that holds plain values."""
 _UNCHANGING = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.Size, torch.dtype, torch.device)
+_NEARLY = 0.9
+"""From this similarity on, by `difflib`, a name is taken for a misspelt option: one letter off, of six or more."""
 _TAKEN = (RNG, HEADER, VALUES)
 
 
@@ -100,6 +103,18 @@ class _Everything(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._registry.state())
+
+
+def check_spelling(objects: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Refuse a value under a name that is nearly an option's: the option would stay at its default without a word.
+
+    Raises InvalidValue.
+    """
+    for name, value in objects.items():
+        near = [] if hasattr(value, "state_dict") else get_close_matches(name, options, n=1, cutoff=_NEARLY)
+        if near:
+            reason = f"there is no such option, but there is {near[0]}; a value of that name takes session.register"
+            raise InvalidValue(name=name, value=value, reason=reason)
 
 
 def is_plain(value: Any) -> bool:

@@ -150,3 +150,29 @@ def test_a_model_of_another_dtype_does_not_fit_and_it_is_said_why(cache):
     session = job.run(cache, 1)
     assert session.start_iteration == 0
     assert any("saved float32" in line and "needed float64" in line for line in session.messages)
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "meant"),
+    [
+        ("resum", "latest", "resume"),
+        ("warm_starts", True, "warm_start"),
+        ("maxseconds", 60, "max_seconds"),
+        ("override", {"lr": 0.1}, "overrides"),
+    ],
+)
+def test_a_misspelt_option_is_not_taken_for_a_value(cache, written, value, meant):
+    with pytest.raises(InvalidValue, match=f"{written} cannot be .*there is no such option, but there is {meant};"):
+        TrainingSession(cache, model=nn.Linear(2, 2), **{written: value})
+    assert not cache.cache_dir.exists()
+
+
+def test_values_and_objects_of_names_near_an_options_are_taken(cache):
+    with TrainingSession(cache, model=nn.Linear(2, 2), scale=2.0, speed=1.0, summary={"n": 1}) as session:
+        assert session.register("max_second", 3) == 3
+        assert session.values == {"scale": 2.0, "speed": 1.0, "max_second": 3}
+
+
+def test_a_folder_in_place_of_a_cache_is_refused_in_words(tmp_path):
+    with pytest.raises(InvalidValue, match=r"it must be a TrainingCache: write TrainingCache\(FOLDER\)"):
+        TrainingSession(str(tmp_path), model=nn.Linear(2, 2))
