@@ -28,9 +28,9 @@ from ckptcache.overrides import (
 )
 from ckptcache.policy.divergence import DivergenceGuard
 from ckptcache.recovery import Divergence, Recovery
-from ckptcache.registry import Registry, check_spelling
+from ckptcache.registry import Registry, check_spelling, stray_tensors
 from ckptcache.signals import SignalWatch
-from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start
+from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start, stray_note
 from ckptcache.state.renaming import KeyMap
 from ckptcache.state.restore import apply
 from ckptcache.state.rng import derived_seed
@@ -199,6 +199,7 @@ class TrainingSession(Ending):
         told += apply_overrides(self.overrides, objects)
         if found.record is not None:
             told += map(loader_note, self._registry.without_state.values())
+        told += [stray_note(*stray) for stray in stray_tensors(objects).items()]
         self._stretch.begin(found.telling(told), seed=self.seed)
         if self._recovery is not None:
             self._recovery.begin(self.cache, found)
