@@ -351,5 +351,7 @@ def test_a_rollback_of_the_folder_itself_stays_in_force(source, target):
     target.rollback(source.middle)
     save(source.cache, 5.0, iteration=9, parents=(source.middle,))
     path = source.cache.backup(source.path, overwrite=True).path
+    both = combined(target.ledger.view().index, source.cache.ledger.view().index, (), ())
+    assert both.names["rollback"].checkpoint == source.middle
     target.restore_backup(path, merge=True)
     assert target.names()["rollback"] == source.middle
