@@ -187,8 +187,8 @@ class Looking:
         if new := set(catalog.unscored_metrics()) - self._warned_of:
             self._warned_of |= new
             log.warning(
-                "recorded and not scored, because not every value is in [0, 1]: %s; declare quality_metrics to "
-                "score them",
+                "recorded and not scored, because not every checkpoint has one in [0, 1]: %s; declare quality_metrics "
+                "to score them",
                 ", ".join(sorted(new)),
             )
         return catalog

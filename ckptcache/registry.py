@@ -1,11 +1,13 @@
 """What a session saves and restores: live objects by name, and plain values beside them."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ckptcache.errors import DuplicateName, InvalidValue
 from ckptcache.overrides import optimizers_in
@@ -16,6 +18,8 @@ from ckptcache.storage.ptfile import HEADER
 VALUES = "values"
 """The part that holds plain values."""
 _UNCHANGING = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.Size, torch.dtype, torch.device)
+_NEARLY = 0.9
+"""From this similarity on, by `difflib`, a name is taken for a misspelt option: one letter off, of six or more."""
 _TAKEN = (RNG, HEADER, VALUES)
 
 
@@ -102,6 +106,52 @@ class _Everything(Mapping[str, Any]):
         return len(self._registry.state())
 
 
+def check_spelling(objects: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Refuse a value under a name that is nearly an option's: the option would stay at its default without a word.
+
+    Raises InvalidValue.
+    """
+    for name, value in objects.items():
+        near = [] if hasattr(value, "state_dict") else get_close_matches(name, options, n=1, cutoff=_NEARLY)
+        if near:
+            reason = f"there is no such option, but there is {near[0]}; a value of that name takes session.register"
+            raise InvalidValue(name=name, value=value, reason=reason)
+
+
+def stray_tensors(objects: Mapping[str, Any]) -> dict[str, int]:
+    """How many tensors each optimizer changes that belong to no registered object, so that nothing saves them.
+
+    Nothing is said where an object with a state of its own kind is registered: it may hold them.
+    """
+    optimizers = optimizers_in(objects)
+    held, others = set[int](), [value for name, value in objects.items() if name not in optimizers]
+    if any(map(_may_hold_anything, others)):
+        return {}
+    for value in others:
+        held.update(map(id, _tensors_in(value)))
+    strays = {
+        name: sum(id(tensor) not in held for group in optimizer.param_groups for tensor in group["params"])
+        for name, optimizer in optimizers.items()
+    }
+    return {name: number for name, number in strays.items() if number}
+
+
+def _may_hold_anything(value: Any) -> bool:
+    known = (torch.nn.Module, LRScheduler, torch.amp.GradScaler)
+    return hasattr(value, "state_dict") and not isinstance(value, known) and not hasattr(value, "__iter__")
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value never changes, so that it can be kept by itself: a number, text, a tuple of such."""
     if type(value) is tuple:
@@ -118,7 +168,7 @@ def _is_loader_without_state(name: str, value: Any) -> bool:
 def _check_scheduler(name: str, value: Any, objects: Mapping[str, Any]) -> None:
     driven = getattr(value, "optimizer", None)
     known = optimizers_in(objects)
-    is_scheduler = isinstance(value, torch.optim.lr_scheduler.LRScheduler)
+    is_scheduler = isinstance(value, LRScheduler)
     if is_scheduler and isinstance(driven, Optimizer) and known and not any(driven is each for each in known.values()):
         reason = f"it drives an optimizer that isn't registered; registered are {', '.join(known)}"
         raise InvalidValue(name=name, value=type(value).__name__, reason=reason)

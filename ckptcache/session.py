@@ -1,5 +1,6 @@
 """TrainingSession: one process's stretch of training. It resumes, logs, saves, and leaves a record."""
 
+import inspect
 import logging
 import math
 import os
@@ -27,9 +28,9 @@ from ckptcache.overrides import (
 )
 from ckptcache.policy.divergence import DivergenceGuard
 from ckptcache.recovery import Divergence, Recovery
-from ckptcache.registry import Registry
+from ckptcache.registry import Registry, check_spelling, stray_tensors
 from ckptcache.signals import SignalWatch
-from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start
+from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start, stray_note
 from ckptcache.state.renaming import KeyMap
 from ckptcache.state.restore import apply
 from ckptcache.state.rng import derived_seed
@@ -120,6 +121,8 @@ class TrainingSession(Ending):
         _check_above_0("checkpoint_interval", checkpoint_interval)
         _check_above_0("max_seconds", max_seconds)
         configs = {"model_config": model_config, "data_config": data_config, "training_config": training_config}
+        _check_cache(cache)
+        check_spelling(objects, _options())
         self.cache = cache
         self.configs: dict[str, Any] = {
             name: None if value is None else plain_config(value, name) for name, value in configs.items()
@@ -196,6 +199,7 @@ class TrainingSession(Ending):
         told += apply_overrides(self.overrides, objects)
         if found.record is not None:
             told += map(loader_note, self._registry.without_state.values())
+        told += [stray_note(*stray) for stray in stray_tensors(objects).items()]
         self._stretch.begin(found.telling(told), seed=self.seed)
         if self._recovery is not None:
             self._recovery.begin(self.cache, found)
@@ -448,3 +452,14 @@ def _limit_from_outside() -> float | None:
 def _check_above_0(name: str, value: float | None) -> None:
     if value is not None and not value > 0:
         raise InvalidValue(name=name, value=value, reason="it must be above 0")
+
+
+def _check_cache(cache: TrainingCache) -> None:
+    if not isinstance(cache, TrainingCache):
+        raise InvalidValue(name="cache", value=cache, reason="it must be a TrainingCache: write TrainingCache(FOLDER)")
+
+
+def _options() -> list[str]:
+    """What a session is told by name, but for objects and configurations."""
+    given = inspect.signature(TrainingSession.__init__).parameters.values()
+    return [p.name for p in given if p.kind is p.KEYWORD_ONLY and p.annotation is not Any]

@@ -17,6 +17,7 @@ from ckptcache.state.capture import walk
 from ckptcache.state.restore import RestoreReport
 from ckptcache.state.rng import derived_seed, reseed_generator, seed_everything
 from ckptcache.warming import Warmed, Wish, donors, give_weights, hint
+from ckptcache.words import count
 
 log = logging.getLogger("ckptcache")
 _REASONS = 3
@@ -226,6 +227,14 @@ def loader_note(kind: str) -> str:
     return (
         f"the loader's position is approximate: {kind} has no state_dict, so that its epoch begins anew, and batches "
         "come again (a loader or sampler with state_dict and load_state_dict goes on exactly)"
+    )
+
+
+def stray_note(optimizer: str, number: int) -> str:
+    """What it means that an optimizer changes tensors of which nothing registered knows."""
+    return (
+        f"{optimizer} changes {count(number, 'tensor')} of nothing that is registered so far: they are neither saved "
+        "nor restored (register the model that is meant)"
     )
 
 

@@ -22,7 +22,8 @@ from ckptcache.errors import (
     RestoreFailed,
 )
 from ckptcache.ledger import Change, Ledger
-from ckptcache.metadata import CheckpointMetadata
+from ckptcache.metadata import ROLLBACK, CheckpointMetadata
+from ckptcache.policy.branches import follows
 from ckptcache.storage import archive, fs
 from ckptcache.storage.archive import Archive
 from ckptcache.storage.index import MAX_INDEX_BYTES, Index, merge, parse
@@ -179,7 +180,12 @@ def combined(ours: Index, theirs: Index, available: Collection[str], brought: Co
     theirs = replace(theirs, checkpoints=records)
     ours_first = ("names", "configs", "fingerprints", "unknown")
     theirs = replace(theirs, **{part: {**getattr(theirs, part), **getattr(ours, part)} for part in ours_first})
-    return merge(Index(), ours, theirs)
+    both = merge(Index(), ours, theirs)
+    held = None if ROLLBACK in ours.names else both.names.get(ROLLBACK)
+    # What a backup asks for is in force no longer where training has gone on from there since it was made.
+    if held is not None and any(follows(r, held.checkpoint, both.checkpoints) for r in both.checkpoints.values()):
+        del both.names[ROLLBACK]
+    return both
 
 
 def _wanted(catalog: Catalog, theirs: Index, backup: Archive) -> list[Member]:

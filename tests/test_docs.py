@@ -128,11 +128,11 @@ def bash_block(page: str) -> str:
     return re.search(r"```bash\n(.*?)```", page, re.S)[1]
 
 
-def submit(folder: Path, seconds: str) -> subprocess.Popen[str]:
+def submit(folder: Path, seconds: str, training: str = TRAINING) -> subprocess.Popen[str]:
     """Run the script of the page as a scheduler would; `srun` runs a command, `scontrol` keeps what it is told."""
     script = bash_block((ROOT / "docs" / "slurm.md").read_text(encoding="utf-8"))
     (folder / "job.sh").write_text(script.replace("=14000", f"={seconds}"))
-    (folder / "train.py").write_text(TRAINING)
+    (folder / "train.py").write_text(training)
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     for name, text in {
@@ -173,3 +173,12 @@ def test_the_batch_script_requeues_what_ran_out_of_time_and_was_signalled_and_en
     assert (job.returncode, summary_in(tmp_path)["stop_reason"]) == (0, "finished"), output
     assert summary_in(tmp_path)["start_iteration"] == second["end_iteration"]
     assert (tmp_path / "scontrol.log").read_text() == "requeue 17\n" * 2
+
+
+def test_the_batch_script_does_not_requeue_what_fails_before_its_session(tmp_path):
+    job = submit(tmp_path, "2")
+    output, _ = job.communicate(timeout=120)
+    assert summary_in(tmp_path)["stop_reason"] == "max_seconds", output
+    job = submit(tmp_path, "2", training="raise ImportError('no such module')")
+    output, _ = job.communicate(timeout=120)
+    assert (job.returncode, (tmp_path / "scontrol.log").read_text()) == (1, "requeue 17\n"), output

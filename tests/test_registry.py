@@ -150,3 +150,68 @@ def test_a_model_of_another_dtype_does_not_fit_and_it_is_said_why(cache):
     session = job.run(cache, 1)
     assert session.start_iteration == 0
     assert any("saved float32" in line and "needed float64" in line for line in session.messages)
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "meant"),
+    [
+        ("resum", "latest", "resume"),
+        ("warm_starts", True, "warm_start"),
+        ("maxseconds", 60, "max_seconds"),
+        ("override", {"lr": 0.1}, "overrides"),
+    ],
+)
+def test_a_misspelt_option_is_not_taken_for_a_value(cache, written, value, meant):
+    with pytest.raises(InvalidValue, match=f"{written} cannot be .*there is no such option, but there is {meant};"):
+        TrainingSession(cache, model=nn.Linear(2, 2), **{written: value})
+    assert not cache.cache_dir.exists()
+
+
+def test_values_and_objects_of_names_near_an_options_are_taken(cache):
+    with TrainingSession(cache, model=nn.Linear(2, 2), scale=2.0, speed=1.0, summary={"n": 1}) as session:
+        assert session.register("max_second", 3) == 3
+        assert session.values == {"scale": 2.0, "speed": 1.0, "max_second": 3}
+
+
+def test_a_folder_in_place_of_a_cache_is_refused_in_words(tmp_path):
+    with pytest.raises(InvalidValue, match=r"it must be a TrainingCache: write TrainingCache\(FOLDER\)"):
+        TrainingSession(str(tmp_path), model=nn.Linear(2, 2))
+
+
+def forgotten(session):
+    return [line for line in session.messages if "of nothing that is registered" in line]
+
+
+def test_a_model_that_was_forgotten_is_missed_by_its_optimizer(cache):
+    generator, critic = nn.Linear(2, 2), nn.Linear(2, 1)
+    parts = {
+        "generator": generator,
+        "generator_optimizer": torch.optim.SGD(generator.parameters(), lr=0.1),
+        "critic_optimizer": torch.optim.SGD(critic.parameters(), lr=0.1),
+    }
+    for _ in range(2):
+        with TrainingSession(cache, **parts, resume="latest") as session:
+            assert [line.split(":")[0] for line in forgotten(session)] == [
+                "critic_optimizer changes 2 tensors of nothing that is registered so far"
+            ]
+            for _ in session.steps(session_iters=1):
+                pass
+
+
+@pytest.mark.parametrize("holder", ["model", "wrapped", "compiled", "tensors", "nested", "state of its own"])
+def test_an_optimizer_of_what_is_registered_misses_nothing(cache, holder):
+    class Whole(EarlyStopping):
+        """May hold anything."""
+
+    model = nn.Linear(2, 1)
+    held = {
+        "model": lambda: model,
+        "wrapped": lambda: nn.Sequential(model),
+        "compiled": lambda: torch.compile(model, backend="eager"),
+        "tensors": lambda: dict(model.named_parameters()),
+        "nested": lambda: {"deep": [model.weight, model.bias]},
+        "state of its own": Whole,
+    }[holder]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with TrainingSession(cache, held=held, optimizer=optimizer, loader=iter([])) as session:
+        assert not forgotten(session)

@@ -329,3 +329,29 @@ def test_what_no_index_names_is_no_checkpoint_and_goes(target):
     assert stray.exists(), "looking changes nothing"
     save(TrainingCache(target.cache_dir), 2.0)
     assert not stray.exists()
+
+
+# --- a rollback ----------------------------------------------------------------------------------
+
+
+def test_a_rollback_comes_along_and_is_not_in_force_again_once_it_was_followed(source, target, tmp_path):
+    source.cache.rollback(source.middle)
+    path = source.cache.backup(tmp_path / "rolled.tar").path
+    target.restore_backup(path)
+    assert target.names()["rollback"] == source.middle
+    followed = save(target, 5.0, iteration=9, parents=(source.middle,))
+    assert "rollback" not in target.names()
+    target.restore_backup(path, merge=True)
+    assert "rollback" not in target.names()
+    assert target.get("latest").id == followed.id
+
+
+def test_a_rollback_of_the_folder_itself_stays_in_force(source, target):
+    target.restore_backup(source.path)
+    target.rollback(source.middle)
+    save(source.cache, 5.0, iteration=9, parents=(source.middle,))
+    path = source.cache.backup(source.path, overwrite=True).path
+    both = combined(target.ledger.view().index, source.cache.ledger.view().index, (), ())
+    assert both.names["rollback"].checkpoint == source.middle
+    target.restore_backup(path, merge=True)
+    assert target.names()["rollback"] == source.middle

@@ -1,5 +1,6 @@
 """Care: what a cache holds, what is wrong with it, what goes when it is full, what other weights would change."""
 
+import logging
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ckptcache.metadata import CheckpointMetadata
     from ckptcache.policy.retention import Plan
 
+log = logging.getLogger("ckptcache")
 DAMAGE = 4
 _LIMITS = ("max_checkpoints", "max_cache_size_gb")
 _DEFAULT = "default"
@@ -236,6 +238,7 @@ def rerank(quality_metrics: tuple[tuple[str, str], ...], **weights: float | None
     # One look for all of it: another process may save meanwhile.
     catalog = open_cache().ledger.view()
     other = Catalog(catalog.root, catalog.index, catalog.observed, replace(catalog.config, **settings))
+    _say_absent(catalog, dict(quality_metrics))
     moves = checkup.rerank(catalog, other.config)
     best = [None if found is None else found.id for found in (_best(catalog), _best(other))]
     document = {
@@ -245,6 +248,13 @@ def rerank(quality_metrics: tuple[tuple[str, str], ...], **weights: float | None
         "moves": [_move_to_json(move, catalog) for move in moves],
     }
     output.finish(document, lambda: _moves(catalog, moves, best))
+
+
+def _say_absent(catalog: "Catalog", metrics: Collection[str]) -> None:
+    known = sorted({name for record in catalog.index.checkpoints.values() for name in record.metrics})
+    for name in metrics:
+        if name not in known:
+            log.warning("no checkpoint has a metric %r; there is %s", name, ", ".join(known) or "none")
 
 
 def _best(catalog: "Catalog") -> "CheckpointMetadata | None":

@@ -27,7 +27,8 @@ _END = bytes(2 * _TAR_BLOCK)
 _CHUNK = 1 << 20
 _HEADER = re.compile(rb".{124}([0-7]{11})\0([0-7]{11})\0.{364}", re.DOTALL)
 """Size and time of the first member; the rest of the header follows from them."""
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_ZIP = b"PK\x03\x04"
 
 Progress = Callable[[int], object]
 """Called with the bytes that were read since the last call."""
@@ -224,9 +225,7 @@ class Archive:
         """Size of the manifest, and time of all members."""
         block = self._file.read(_TAR_BLOCK)
         if not block.startswith(MANIFEST.encode()):
-            compressed = block.startswith(_COMPRESSED)
-            reason = "it is compressed, unpack it first" if compressed else "it doesn't begin with a manifest"
-            raise NotABackup(path=self.path, reason=reason if block else "it is empty")
+            raise NotABackup(path=self.path, reason=_instead(block))
         found = _HEADER.fullmatch(block)
         size, made_at = (int(number, 8) for number in found.groups()) if found else (0, 0)
         if block != header(MANIFEST, size, made_at):
@@ -290,6 +289,15 @@ class Archive:
             yield
         except OSError as error:
             raise self._damaged(f"the disk cannot read it ({fs.reason_of(error)})") from error
+
+
+def _instead(beginning: bytes) -> str:
+    """What a file is that doesn't begin as a backup does."""
+    if beginning.startswith(_ZIP):
+        return "it is a zip archive, as single checkpoints are, which `ckptcache import` takes"
+    compressed = "it is compressed, unpack it first"
+    other = compressed if beginning.startswith(_COMPRESSED) else "it doesn't begin with a manifest"
+    return other if beginning else "it is empty"
 
 
 @contextmanager

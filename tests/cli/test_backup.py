@@ -37,6 +37,13 @@ def test_what_was_done_is_said_in_words(cli, tmp_path):
     assert "4 there already" in said
 
 
+def test_a_checkpoint_is_no_backup_and_has_a_command_of_its_own(cache, tmp_path):
+    path = cache.folder / "checkpoints" / f"{cache.best}.pt"
+    said = ckptcache_cli("restore", path, "--cache-dir", tmp_path / "new", rc=1).stderr
+    assert "it is a zip archive, as single checkpoints are, which `ckptcache import` takes" in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_file_that_is_there_needs_overwrite(cli, tmp_path):
     (tmp_path / "all.tar").write_text("mine")
     assert "there already" in cli("backup", tmp_path / "all.tar", rc=1).stderr

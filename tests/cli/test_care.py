@@ -169,6 +169,16 @@ def test_rerank_shows_what_would_move(tmp_path):
     assert json.loads(declared.stdout)["settings"] == {"quality_metrics": {"accuracy": "min"}}
 
 
+def test_rerank_says_which_metric_no_checkpoint_has(tmp_path):
+    with TrainingCache(tmp_path) as cache:
+        save(cache, 1, 1.0, metrics={"accuracy": 0.1})
+    given = ("rerank", "--cache-dir", tmp_path, "--quality-metric", "accuracy=max")
+    assert ckptcache_cli(*given).stderr == ""
+    done = ckptcache_cli(*given, "--quality-metric", "acuracy=max", "--json")
+    assert done.stderr == "ckptcache: warning: no checkpoint has a metric 'acuracy'; there is accuracy\n"
+    assert len(json.loads(done.stdout)["moves"]) == 1
+
+
 def test_rerank_counts_places_within_each_group_and_changes_nothing(cli, cli_json, cache):
     before = listing(cache.folder)
     given = (

@@ -93,6 +93,7 @@ def test_warnings_go_to_stderr_once(cli, cache):
         save(own, 400, 2.0, metrics={"accuracy": 0.5, "tokens": 1e6})
     said = cli("explain").stderr
     assert said.startswith("ckptcache: warning: recorded and not scored")
+    assert "because not every checkpoint has one in [0, 1]: tokens;" in said
     assert said.count("\n") == 1
 
 
