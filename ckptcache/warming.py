@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptcache.cache import TrainingCache
 from ckptcache.catalog import Catalog, Explanation
+from ckptcache.config import in_scratch, where_it_is
 from ckptcache.elsewhere import place
 from ckptcache.errors import CacheNotFound, CkptCacheError, InvalidValue
 from ckptcache.metadata import CheckpointMetadata
@@ -141,12 +142,17 @@ def _named(cache: TrainingCache, objects: Mapping[str, Any], needed: Description
 
 
 def _elsewhere(cache: TrainingCache, folder: Path) -> TrainingCache:
-    """The cache in `folder`, to be looked at only; or the session's own, if it is that."""
-    if folder.resolve() == cache.ledger.layout.root.resolve():
+    """The cache in `folder`, to be looked at only; or the session's own, if it is that.
+
+    In a proof what an earlier session of the run has put there counts, and otherwise what is there.
+    """
+    stand_in = Path(in_scratch(str(folder)))
+    if stand_in.resolve() == cache.ledger.layout.root.resolve():
         return cache
-    if not ((folder / INDEX_NAME).exists() or Layout(folder).checkpoints.is_dir()):
-        raise CacheNotFound(path=folder)
-    return TrainingCache(folder)
+    for each in (stand_in, folder):
+        if (each / INDEX_NAME).exists() or Layout(each).checkpoints.is_dir():
+            return TrainingCache(where_it_is(each))
+    raise CacheNotFound(path=folder)
 
 
 def _fill(

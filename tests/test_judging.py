@@ -154,6 +154,16 @@ def test_later_sessions_of_the_process_are_compared_too():
     assert judge(two, {1: session(last=5)}, {1: session(4)}, KILL).difference.found[0].how == "it was never opened"
 
 
+def test_a_later_session_that_begins_or_ends_elsewhere_is_no_likeness_unless_time_was_up_before():
+    two, killed = {1: session(), 2: session(number=2)}, {1: session(last=5)}
+    found = judge(two, killed, {1: session(4), 2: session(8, 8, number=2)}, KILL).difference
+    assert (found.session, found.found[0].how) == (2, "it begins at iteration 8, not 0")
+    found = judge(two, killed, {1: session(4), 2: session(0, 6, number=2)}, KILL).difference
+    assert (found.session, found.found[0].how) == (2, "it ends after iteration 6, not 8")
+    short = {1: session(4, 6, stop="max_seconds"), 2: session(6, 8, number=2)}
+    assert judge(two, killed, short, KILL).difference is None
+
+
 # --- hints ---------------------------------------------------------------------------------------
 
 
