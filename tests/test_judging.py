@@ -200,6 +200,7 @@ def test_a_part_that_was_not_in_the_checkpoint_is_named():
 
 def test_a_learning_rate_asks_for_its_scheduler():
     assert "is the scheduler registered" in hint({"optimizer.param_groups.0.lr": 1})
+    assert "What the program sets must follow from `step`" in hint({"optimizer.param_groups.0.lr": 1})
     kinds = {**KINDS, "early_stopping.best": OTHER}
     assert "does its state_dict hold everything" in hint({"early_stopping.best": 1}, kinds=kinds)
 

@@ -213,6 +213,12 @@ def test_a_warm_start_from_a_cache_elsewhere_is_proved_and_leaves_that_alone(tmp
     assert {p: p.read_bytes() for p in donor.rglob("*") if p.is_file()} == before
 
 
+def test_a_warm_start_from_its_own_cache_is_proved_where_the_folder_is_named(tmp_path):
+    id = TrainingCache(tmp_path / "cache").save({"model": nn.Linear(4, 2)}, iteration=5, val_loss=1.0).id
+    assert prove(forked(grown_from, tmp_path, f"{tmp_path / 'cache'}:{id}"), kills=1).word == "identical"
+    assert [record.id for record in TrainingCache(tmp_path / "cache").checkpoints()] == [id]
+
+
 def two_caches(folder):
     """The second training takes its weights from what the first has left elsewhere."""
     donor = Path(folder) / "donor"
