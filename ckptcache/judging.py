@@ -243,7 +243,8 @@ def hint_for(found: Sequence[Finding], opened: Mapping[str, Any]) -> str:
 
 def _batch_hint(found: Sequence[Finding], opened: Mapping[str, Any]) -> str:
     generators = [f.name for f in found if f.kind == GENERATOR]
-    also = f"; {_listed(generators)} differed as well: is it seeded anew after the resume?" if generators else ""
+    why = "is it seeded anew after the resume, or drawn from by each iter() of a DataLoader?"
+    also = f"; {_listed(generators)} differed as well: {why}" if generators else ""
     loaders = opened["loaders"]
     if not loaders:
         return (

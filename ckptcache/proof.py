@@ -185,7 +185,13 @@ def findings(a: Moment, b: Moment, ignored: frozenset[str] = frozenset()) -> lis
     found = [*_batch_findings(a, b), *_logged_findings(a, b), *state_findings(a, b, ignored)]
     if a.batches and all(finding.kind == LOADER for finding in found):
         return []
-    return sorted(found, key=lambda finding: finding.kind)
+    return sorted(found, key=_rank)
+
+
+def _rank(finding: Finding) -> tuple[int, bool]:
+    # An optimizer that nobody saved makes its scheduler differ, and not the other way round.
+    is_lost = finding.kind == OPTIMIZER and UNREGISTERED in finding.name
+    return (OTHER if is_lost else finding.kind), not is_lost
 
 
 def _batch_findings(a: Moment, b: Moment) -> Iterator[Finding]:

@@ -216,3 +216,13 @@ def test_what_nobody_registered_is_named_first_or_last():
         "StepLR takes part in the training and is not registered"
     )
     assert hint({name: 1}, kinds=kinds, logged=9).endswith("not registered: StepLR")
+
+
+def test_an_optimizer_that_nobody_registered_is_named_before_the_scheduler_that_follows_it():
+    lost = f"AdamW{UNREGISTERED}.state.0.step"
+    kinds = {"scheduler._last_lr": OTHER, lost: OPTIMIZER}
+    changed = {5: moment(5, dict.fromkeys(kinds, 1), kinds=kinds)}
+    usual = {i: moment(i, kinds=kinds) for i in range(9)}
+    found = judged(session(4, at={**usual, **changed}), whole=session(at=usual), killed=session(last=5, at=usual))
+    assert first(found) == lost
+    assert found.hint.startswith("AdamW takes part in the training and is not registered")
