@@ -96,6 +96,13 @@ class CacheConfig:
         return int(self.max_cache_size_gb * GB)
 
 
+def where_it_is(folder: str | os.PathLike[str]) -> CacheConfig:
+    """Settings of a cache that is only read: its own folder, which no scratch folder stands in for."""
+    config = CacheConfig(cache_dir=os.fspath(folder))
+    object.__setattr__(config, "cache_dir", os.fspath(folder))
+    return config
+
+
 def _as_given(value: Any) -> Any:
     """Paths as text, lists as tuples; anything else as it is, for validation to judge."""
     if isinstance(value, os.PathLike):

@@ -143,9 +143,20 @@ def _by_resume(whole: Runs, killed: Runs, resumed: Runs, kill: Kill) -> Differen
             found = _fresh(resumed[number]) or _just_after(killed, resumed[number])
             if found is not None:
                 return found
-        if (difference := _later(session, resumed[number], unseeded, is_killed=number == kill.session)) is not None:
+        is_before = number < kill.session  # what it has made is there, or it is made again
+        difference = None if is_before else _begun_elsewhere(session, resumed[number], resumed[kill.session], kill)
+        difference = difference or _later(session, resumed[number], unseeded, is_whole=not is_before)
+        if difference is not None:
             return difference
     return None
+
+
+def _begun_elsewhere(a: SessionTrace, b: SessionTrace, killed: SessionTrace, kill: Kill) -> Difference | None:
+    """Whether a session after the one that was killed starts where it should, if that had the time for all of it."""
+    if a.number == kill.session or a.first == b.first or killed.ended.get("stop_reason") == "max_seconds":
+        return None
+    how = f"it begins at iteration {b.first}, not {a.first}"
+    return _odd(b.number, b.first, f"in session {b.number} of the program", "the start", how, "")
 
 
 def _odd(session: int, iteration: int | None, when: str, name: str, how: str, hint: str) -> Difference:
@@ -183,11 +194,11 @@ def _just_after(killed: Runs, session: SessionTrace) -> Difference | None:
     return _difference(session, session.first, when, found, hint)
 
 
-def _later(a: SessionTrace, b: SessionTrace, unseeded: frozenset[str], *, is_killed: bool) -> Difference | None:
+def _later(a: SessionTrace, b: SessionTrace, unseeded: frozenset[str], *, is_whole: bool) -> Difference | None:
     for iteration, one, other in _common(a, b):
         if found := findings(one, other, unseeded):
             return _difference(b, iteration, f"at iteration {iteration}", found)
-    if is_killed and b.last < a.last and b.ended.get("stop_reason") != "max_seconds":
+    if is_whole and b.last < a.last and b.ended.get("stop_reason") != "max_seconds":
         how = f"it ends after iteration {b.last}, not {a.last}"
         return _odd(b.number, b.last, "at the end", "the length", how, "")
     return _at_end(a, b, unseeded)
@@ -232,7 +243,8 @@ def hint_for(found: Sequence[Finding], opened: Mapping[str, Any]) -> str:
 
 def _batch_hint(found: Sequence[Finding], opened: Mapping[str, Any]) -> str:
     generators = [f.name for f in found if f.kind == GENERATOR]
-    also = f"; {_listed(generators)} differed as well: is it seeded anew after the resume?" if generators else ""
+    why = "is it seeded anew after the resume, or drawn from by each iter() of a DataLoader?"
+    also = f"; {_listed(generators)} differed as well: {why}" if generators else ""
     loaders = opened["loaders"]
     if not loaders:
         return (
@@ -243,7 +255,8 @@ def _batch_hint(found: Sequence[Finding], opened: Mapping[str, Any]) -> str:
     if fresh:
         return f"{_listed(fresh)} is not in the checkpoint {opened['from']}, and so began anew{also}"
     return (
-        f"{_listed(loaders)} was restored, and gives other batches: its state must hold epoch, order and position{also}"
+        f"{_listed(loaders)} was restored, and the batches are others: its state must hold epoch, order and position, "
+        f"and what is drawn on the way from it to the model needs a generator that is registered{also}"
     )
 
 
@@ -273,7 +286,10 @@ def _logged_hint(found: Sequence[Finding], _: Mapping[str, Any]) -> str:
 def _state_hint(found: Sequence[Finding], _: Mapping[str, Any]) -> str:
     part = found[0].name.partition(".")[0]
     if found[0].kind == OPTIMIZER and found[0].name.endswith(".lr"):
-        return "a scheduler sets it: is the scheduler registered, and restored?"
+        return (
+            "a scheduler or the program sets it: is the scheduler registered, and restored? What the program sets must "
+            "follow from `step`, or from values that the session keeps"
+        )
     if found[0].kind in (OPTIMIZER, MODEL):
         return (
             "batches, generators and what was logged are the same, and the step is not: are gradients kept from one "

@@ -34,6 +34,7 @@ class Instruction:
         trace: the file that it writes.
         resume: the policy in place of the program's own.
         keeps_never: whether a program that asks for "never" is given it.
+        resumed: the session that `resume` is meant for; the others go on from the latest. None for all of them.
         kill: where it ends itself by SIGKILL; None for not at all.
         until: by session, the iteration after which it is stopped, though the program would go on.
     """
@@ -43,6 +44,18 @@ class Instruction:
     keeps_never: bool
     kill: Kill | None = None
     until: Mapping[int, int] = field(default_factory=dict)
+    resumed: int | None = None
+
+    def policy(self, session: int, asked: str) -> str:
+        """How a session of that number resumes, whose program asks for `asked`.
+
+        A session after the one that was killed starts as it does where nobody is killed.
+        """
+        is_other = self.resumed is not None and session != self.resumed
+        keeps_never = session > self.resumed if is_other and self.resumed is not None else self.keeps_never
+        if asked == "never" and keeps_never:
+            return asked
+        return "latest" if is_other else self.resume
 
     def to_bytes(self) -> bytes:
         """As JSON."""
@@ -96,6 +109,8 @@ class SessionTrace:
     end: Moment | None = None
     ended: Mapping[str, Any] = field(default_factory=dict)
     saved: Mapping[str, Any] = field(default_factory=dict)
+    has_diverged: bool = False
+    """Whether it diverged after `last`, and went back: what came then has other batches each time, and is left out."""
 
     @property
     def first(self) -> int:
@@ -110,6 +125,8 @@ class SessionTrace:
 
 def read_trace(data: bytes) -> dict[int, SessionTrace]:
     """The sessions of a trace by their numbers; a last line that a kill cut short is left out.
+
+    After a session that has diverged nothing repeats itself, and no more is read.
 
     Raises ValueError for a trace that several processes wrote, whose lines are mixed.
     """
@@ -126,6 +143,9 @@ def read_trace(data: bytes) -> dict[int, SessionTrace]:
         elif line["kind"] == "start":
             opened = SessionTrace(number=line["session"], opened=line["opened"], start=_moment(line, leaves))
             sessions[line["session"]] = opened
+        elif line["kind"] == "diverged":
+            sessions[line["session"]].has_diverged = True
+            break
         else:
             _add(sessions[line["session"]], line, leaves)
     return sessions
@@ -165,7 +185,13 @@ def findings(a: Moment, b: Moment, ignored: frozenset[str] = frozenset()) -> lis
     found = [*_batch_findings(a, b), *_logged_findings(a, b), *state_findings(a, b, ignored)]
     if a.batches and all(finding.kind == LOADER for finding in found):
         return []
-    return sorted(found, key=lambda finding: finding.kind)
+    return sorted(found, key=_rank)
+
+
+def _rank(finding: Finding) -> tuple[int, bool]:
+    # An optimizer that nobody saved makes its scheduler differ, and not the other way round.
+    is_lost = finding.kind == OPTIMIZER and UNREGISTERED in finding.name
+    return (OTHER if is_lost else finding.kind), not is_lost
 
 
 def _batch_findings(a: Moment, b: Moment) -> Iterator[Finding]:

@@ -87,6 +87,7 @@ class Verdict:
         logged: what was logged and compared, by name.
         batches: whether the batches were seen and compared.
         folder: where all of it is kept, if it is.
+        has_diverged: whether the undisturbed run diverged after `iterations` and went back, so that it ends there.
     """
 
     iterations: int
@@ -97,6 +98,7 @@ class Verdict:
     logged: tuple[str, ...]
     batches: bool
     folder: Path | None = None
+    has_diverged: bool = False
 
     @property
     def difference(self) -> Difference | None:
@@ -124,6 +126,11 @@ class Verdict:
         ]
         if not self.batches:
             lines.append("the batches could not be seen: no registered model was called in training mode")
+        if self.has_diverged:
+            lines.append(
+                f"after iteration {self.iterations} the undisturbed run diverged and went back, with other batches: "
+                "what came then is never the same twice, and was not compared"
+            )
         return lines
 
     def _what_was_compared(self) -> str:
@@ -168,6 +175,7 @@ class Verdict:
                 }
                 for a in self.attempts
             ],
+            "diverged": self.has_diverged,
             "compared": {**self.compared, "logged": list(self.logged), "batches": self.batches},
             "difference": None if found is None else _difference_to_json(found),
             "kept_in": None if self.folder is None else str(self.folder),
@@ -246,6 +254,7 @@ def _verdict(
         logged=tuple(logged),
         batches=any(moment.batches for moment in session.steps.values()),
         folder=folder,
+        has_diverged=session.has_diverged,
     )
 
 
@@ -267,7 +276,7 @@ def plan_kills(
     if not long_enough:
         longest = max((s.last - s.first for s in whole.values()), default=0)
         reason = (
-            f"the longest session did {longest} iterations, and it takes {LEAST_ITERATIONS}"
+            f"the longest session did {longest} iterations{_before(whole)}, and it takes {LEAST_ITERATIONS}"
             if whole
             else "it opened no TrainingSession (or CachedTrainer), which the checkpoints to resume from come from"
         )
@@ -286,6 +295,10 @@ def plan_kills(
     )
 
 
+def _before(whole: Mapping[int, SessionTrace]) -> str:
+    return " before it diverged" if any(session.has_diverged for session in whole.values()) else ""
+
+
 @dataclass(frozen=True)
 class _Order:
     """What a run is told: part of an `Instruction`."""
@@ -294,6 +307,7 @@ class _Order:
     keeps_never: bool = True
     kill: Kill | None = None
     until: Mapping[int, int] | None = None
+    resumed: int | None = None
 
 
 _FRESH = _Order()
@@ -319,7 +333,7 @@ class _Runs:
             self._check_saved(what, killed, kill)
             policy = str(killed[kill.session].saved["id"]) if resume == "id" else resume
             until = {number: session.last for number, session in whole.items()}
-            order = _Order(resume=policy, keeps_never=False, until=until)
+            order = _Order(resume=policy, keeps_never=False, until=until, resumed=kill.session)
             resumed = self.traced(f"run that resumed after iteration {kill.at}", caches, order)
         return judge(whole, killed, resumed, kill)
 
@@ -342,6 +356,7 @@ class _Runs:
             keeps_never=order.keeps_never,
             kill=order.kill,
             until=order.until or {},
+            resumed=order.resumed,
         )
         fs.append(base.with_suffix(".json"), instruction.to_bytes())
         code = self._run(what, {VARIABLE: str(base.with_suffix(".json")), SCRATCH: str(caches)})

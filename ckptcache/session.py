@@ -434,6 +434,7 @@ class TrainingSession(Ending):
         self.overrides = lowered(self.overrides, learning_rate_factor)
         apply_overrides(self.overrides, self._registry.objects)
         self._recoveries += 1
+        self._trace.diverged()
         if self._recovery is not None:
             self._recovery.begin(self.cache, startup)
 

@@ -66,6 +66,9 @@ class Trace:
     ) -> None:
         """An iteration is over; does then what the instruction says of it."""
 
+    def diverged(self) -> None:
+        """The training has diverged, and is back at an earlier iteration, with other batches."""
+
     def end(self, iteration: int, stop_reason: str | None) -> None:
         """The session is over."""
 
@@ -93,7 +96,7 @@ class Recorder(Trace):
         self._strangers: Strangers | None = None
 
     def policy(self, asked: str) -> str:
-        given = "never" if asked == "never" and self._instruction.keeps_never else self._instruction.resume
+        given = self._instruction.policy(self._number, asked)
         if given != asked:
             log.warning("ckptcache prove decides how this session resumes: %s, in place of %s", given, asked)
         return given
@@ -139,6 +142,9 @@ class Recorder(Trace):
                 os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
         if iteration >= self._instruction.until.get(self._number, iteration + 1):
             stop()
+
+    def diverged(self) -> None:
+        self._append(kind="diverged", session=self._number)
 
     def end(self, iteration: int, stop_reason: str | None) -> None:
         for hook in self._hooks.values():

@@ -3,18 +3,20 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptcache.cache import TrainingCache
 from ckptcache.catalog import Catalog, Explanation
+from ckptcache.config import in_scratch, where_it_is
 from ckptcache.elsewhere import place
-from ckptcache.errors import CacheNotFound, CkptCacheError, InvalidValue
+from ckptcache.errors import CacheNotFound, CheckpointNotFound, CkptCacheError, InvalidValue
 from ckptcache.metadata import CheckpointMetadata
 from ckptcache.policy.compatibility import Description, Verdict
 from ckptcache.policy.donors import donor_order, may_give, share_given
-from ckptcache.resume import find_available
+from ckptcache.resume import find, find_available
 from ckptcache.state.renaming import KeyMap, check_key_map, renamed
 from ckptcache.state.warmreport import WarmStartReport
 from ckptcache.state.warmstart import growth_of, modules_in, warm_start
@@ -129,7 +131,8 @@ def _read_as(saved: Mapping[str, str], modules: Mapping[str, Any], key_map: KeyM
 
 def _named(cache: TrainingCache, objects: Mapping[str, Any], needed: Description, wish: Wish, wanted: str) -> Warmed:
     where = place(wanted)
-    home = cache if where.folder is None else _elsewhere(cache, Path(where.folder))
+    homes = [cache] if where.folder is None else _homes(cache, Path(where.folder))
+    home = _first_that_has(homes, where.wanted)
     catalog = home.ledger.view()
     record = find_available(catalog, where.wanted)
     report = _fill(home, catalog, record, objects, wish.key_map, untouched=home is not cache)
@@ -140,13 +143,29 @@ def _named(cache: TrainingCache, objects: Mapping[str, Any], needed: Description
     return Warmed(record if home is cache else None, report, messages, _warn_of(report))
 
 
-def _elsewhere(cache: TrainingCache, folder: Path) -> TrainingCache:
-    """The cache in `folder`, to be looked at only; or the session's own, if it is that."""
-    if folder.resolve() == cache.ledger.layout.root.resolve():
-        return cache
-    if not ((folder / INDEX_NAME).exists() or Layout(folder).checkpoints.is_dir()):
+def _homes(cache: TrainingCache, folder: Path) -> list[TrainingCache]:
+    """The cache in `folder`, to be looked at only, or the session's own, if it is that.
+
+    In a proof they are two: what the run itself has put there, and then what is there.
+    """
+    found = []
+    for each in dict.fromkeys((Path(in_scratch(str(folder))), folder)):
+        if each.resolve() == cache.ledger.layout.root.resolve():
+            found.append(cache)
+        elif (each / INDEX_NAME).exists() or Layout(each).checkpoints.is_dir():
+            found.append(TrainingCache(where_it_is(each)))
+    if not found:
         raise CacheNotFound(path=folder)
-    return TrainingCache(folder)
+    return found
+
+
+def _first_that_has(homes: list[TrainingCache], wanted: str) -> TrainingCache:
+    """The first that knows what is wanted; the last, where none does."""
+    for home in homes[:-1]:
+        with suppress(CheckpointNotFound):
+            find(home.ledger.view(), wanted)
+            return home
+    return homes[-1]
 
 
 def _fill(

@@ -154,6 +154,16 @@ def test_later_sessions_of_the_process_are_compared_too():
     assert judge(two, {1: session(last=5)}, {1: session(4)}, KILL).difference.found[0].how == "it was never opened"
 
 
+def test_a_later_session_that_begins_or_ends_elsewhere_is_no_likeness_unless_time_was_up_before():
+    two, killed = {1: session(), 2: session(number=2)}, {1: session(last=5)}
+    found = judge(two, killed, {1: session(4), 2: session(8, 8, number=2)}, KILL).difference
+    assert (found.session, found.found[0].how) == (2, "it begins at iteration 8, not 0")
+    found = judge(two, killed, {1: session(4), 2: session(0, 6, number=2)}, KILL).difference
+    assert (found.session, found.found[0].how) == (2, "it ends after iteration 6, not 8")
+    short = {1: session(4, 6, stop="max_seconds"), 2: session(6, 8, number=2)}
+    assert judge(two, killed, short, KILL).difference is None
+
+
 # --- hints ---------------------------------------------------------------------------------------
 
 
@@ -190,6 +200,7 @@ def test_a_part_that_was_not_in_the_checkpoint_is_named():
 
 def test_a_learning_rate_asks_for_its_scheduler():
     assert "is the scheduler registered" in hint({"optimizer.param_groups.0.lr": 1})
+    assert "What the program sets must follow from `step`" in hint({"optimizer.param_groups.0.lr": 1})
     kinds = {**KINDS, "early_stopping.best": OTHER}
     assert "does its state_dict hold everything" in hint({"early_stopping.best": 1}, kinds=kinds)
 
@@ -205,3 +216,13 @@ def test_what_nobody_registered_is_named_first_or_last():
         "StepLR takes part in the training and is not registered"
     )
     assert hint({name: 1}, kinds=kinds, logged=9).endswith("not registered: StepLR")
+
+
+def test_an_optimizer_that_nobody_registered_is_named_before_the_scheduler_that_follows_it():
+    lost = f"AdamW{UNREGISTERED}.state.0.step"
+    kinds = {"scheduler._last_lr": OTHER, lost: OPTIMIZER}
+    changed = {5: moment(5, dict.fromkeys(kinds, 1), kinds=kinds)}
+    usual = {i: moment(i, kinds=kinds) for i in range(9)}
+    found = judged(session(4, at={**usual, **changed}), whole=session(at=usual), killed=session(last=5, at=usual))
+    assert first(found) == lost
+    assert found.hint.startswith("AdamW takes part in the training and is not registered")

@@ -1,5 +1,6 @@
 """Proofs of real trainings: where they kill, what they leave behind, and how they end when a run fails."""
 
+import math
 import os
 import random
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ckptcache.cache import TrainingCache
 from ckptcache.errors import InvalidValue, NothingToProve, ProofFailed
+from ckptcache.policy.divergence import DivergenceGuard
 from ckptcache.proof import Leaves, Moment, SessionTrace
 from ckptcache.proving import command_launcher, plan_kills, prove
 from ckptcache.session import TrainingSession
@@ -149,6 +152,84 @@ def in_parts(folder):
 def test_sessions_that_go_on_from_each_other_are_one_training(tmp_path):
     verdict = prove(forked(in_parts, tmp_path), at=(2, 3))
     assert verdict.word == "identical"
+
+
+def one_after_the_other(folder):
+    """Two trainings of their own in one cache, both begun anew whatever is there."""
+    for iterations in (6, 9):
+        Job(seed=iterations).run(TrainingCache(Path(folder) / "cache"), iterations, resume="never")
+
+
+@pytest.mark.parametrize("resume", ["latest", "id"])
+def test_a_session_after_the_one_that_is_killed_begins_as_it_does_in_the_undisturbed_run(tmp_path, resume):
+    verdict = prove(forked(one_after_the_other, tmp_path), at=(3,), resume=resume)
+    assert verdict.word == "identical", verdict.lines()
+
+
+def spoilt(folder):
+    """Its loss is NaN once; the guard goes back from there, and on with other batches."""
+    job = Job()
+    with TrainingSession(
+        TrainingCache(Path(folder) / "cache"),
+        **job.objects(),
+        checkpoint_interval=2,
+        divergence_guard=DivergenceGuard(),
+    ) as session:
+        for step in session.steps(10):
+            loss = job.train_step(step)
+            is_spoilt = step == 6 and not session.recoveries
+            session.log(loss=math.nan if is_spoilt else loss)
+
+
+def test_a_training_that_diverges_and_goes_back_is_proved_up_to_there(tmp_path):
+    verdict = prove(forked(spoilt, tmp_path), at=(3, 6))
+    assert verdict.word == "identical", verdict.lines()
+    assert verdict.iterations == 6
+    assert verdict.lines()[-1].startswith("after iteration 6 the undisturbed run diverged and went back")
+    assert verdict.to_json()["diverged"] is True
+    with pytest.raises(InvalidValue, match="the iterations 1 to 6"):
+        prove(forked(spoilt, tmp_path), at=(8,))
+
+
+def grown_from(folder, donor):
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cache = TrainingCache(Path(folder) / "cache")
+    with TrainingSession(cache, model=model, optimizer=optimizer, warm_start=donor) as session:
+        assert session.resumed_from or len(session.warm_start_report.taken) == 2
+        for step in session.steps(6):
+            loss = model(torch.full((3, 4), float(step))).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.log(loss=loss)
+
+
+def test_a_warm_start_from_a_cache_elsewhere_is_proved_and_leaves_that_alone(tmp_path):
+    donor = tmp_path / "donor"
+    id = TrainingCache(donor).save({"model": nn.Linear(4, 2)}, iteration=5, val_loss=1.0).id
+    before = {p: p.read_bytes() for p in donor.rglob("*") if p.is_file()}
+    assert prove(forked(grown_from, tmp_path, f"{donor}:{id}"), kills=1).word == "identical"
+    assert {p: p.read_bytes() for p in donor.rglob("*") if p.is_file()} == before
+
+
+def test_a_warm_start_from_its_own_cache_is_proved_where_the_folder_is_named(tmp_path):
+    id = TrainingCache(tmp_path / "cache").save({"model": nn.Linear(4, 2)}, iteration=5, val_loss=1.0).id
+    assert prove(forked(grown_from, tmp_path, f"{tmp_path / 'cache'}:{id}"), kills=1).word == "identical"
+    assert [record.id for record in TrainingCache(tmp_path / "cache").checkpoints()] == [id]
+
+
+def two_caches(folder):
+    """The second training takes its weights from what the first has left elsewhere."""
+    donor = Path(folder) / "donor"
+    TrainingCache(donor).save({"model": nn.Linear(4, 2)}, iteration=5, val_loss=1.0)
+    grown_from(folder, f"{donor}:best")
+
+
+def test_a_warm_start_from_a_cache_that_the_run_itself_has_made_finds_it_in_the_scratch_folder(tmp_path):
+    seed_everything(3)
+    assert prove(forked(two_caches, tmp_path), kills=1).word == "identical"
+    assert not (tmp_path / "donor").exists()
 
 
 def forgets(folder):

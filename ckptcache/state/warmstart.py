@@ -70,13 +70,18 @@ def modules_in(objects: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 def growth_of(module: nn.Module) -> Grow | None:
     """How a smaller module grows into this one, by what it says itself, or the one that DDP or torch.compile wraps."""
+    grower = _grower(module)
+    found: Grow | None = None if grower is None else getattr(grower, GROWTH)
+    return found
+
+
+def _grower(module: nn.Module) -> nn.Module | None:
     while not callable(getattr(module, GROWTH, None)):
         inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
         if not isinstance(inner, nn.Module):
             return None
         module = inner
-    found: Grow = getattr(module, GROWTH)
-    return found
+    return module
 
 
 # --- which belongs to which ----------------------------------------------------------------------
@@ -139,11 +144,13 @@ def _part(module: nn.Module, donor: dict[str, Tensor], config: Mapping[str, Any]
     names = canonical_names(live)
     needed = {names[name]: value for name, value in live.items() if isinstance(value, Tensor)}
     donor |= _tied(module, names, donor)
-    grow = growth_of(module)
-    if grow is None or not donor:
-        offered = {name: tensor for name, tensor in donor.items() if name in needed and _fits(tensor, needed[name])}
-    else:
-        offered = _grown(partial(grow, donor, config), needed, refusal)
+    grower = _grower(module)
+    offered = {name: tensor for name, tensor in donor.items() if name in needed and _fits(tensor, needed[name])}
+    if grower is not None and donor:
+        own = set(canonical_names(grower.state_dict()).values())
+        # What a wrapper holds beside it, such as the count of an average, fits or doesn't, as everywhere.
+        beside = {name: tensor for name, tensor in offered.items() if name not in own}
+        offered = beside | _grown(partial(getattr(grower, GROWTH), donor, config), needed, refusal)
     return _Part(module, donor, needed, offered)
 
 

@@ -193,6 +193,18 @@ def test_a_model_says_itself_how_it_grows(wrap):
     assert growth_of(Net()) is None
 
 
+def test_an_average_of_a_model_that_grows_keeps_its_count_and_is_not_begun_anew():
+    small = torch.optim.swa_utils.AveragedModel(Growing(2, seed=1))
+    small.n_averaged.fill_(7)
+    model = Growing(3)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    report = warm_start({"ema": average}, saved(ema=small), id="c")
+    assert (report.taken, tuple(report.resized), report.unused) == (("ema.n_averaged",), ("ema.w",), ())
+    average.update_parameters(model)  # which would copy the model, if it were the first
+    assert average.n_averaged == 8
+    assert not torch.equal(average.module.w, model.w)
+
+
 def test_it_is_asked_under_the_names_that_the_key_map_gives():
     net = Growing(3)
     give({"model": {"old.w": torch.ones(2)}}, {"old.": ""}, model=net)
