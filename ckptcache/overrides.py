@@ -9,6 +9,9 @@ from torch.optim import Optimizer
 from ckptcache.errors import InvalidValue
 from ckptcache.values import as_float
 
+_COURSE = {"max_lr", "min_lr", "swa_lr"}
+"""Rates that a group is led to: OneCycleLR and SWALR keep theirs there."""
+
 
 def optimizers_in(objects: Mapping[str, Any]) -> dict[str, Optimizer]:
     """The optimizers among registered objects, by name."""
@@ -86,16 +89,23 @@ def _set(group: dict[str, Any], setting: str, value: Any, schedulers: list[Any],
     base = float(group.get("initial_lr", group["lr"]))
     share = float(group["lr"]) / base if schedulers and base else 1.0
     value = as_float(value, "overrides.lr")
-    _set_rate(group, "lr", value * share)
     _set_base(group, schedulers, number, value)
+    _set_rate(group, "lr", value * share)
 
 
 def _set_base(group: dict[str, Any], schedulers: list[Any], number: int, value: float) -> None:
+    """Let the schedules of a group start from `value`; the other rates that they go through move in proportion."""
+    base = float(group.get("initial_lr", group["lr"]))
+    share = value / base if base else 1.0
     if "initial_lr" in group:
         _set_rate(group, "initial_lr", value)
+    for key in _COURSE & group.keys() if schedulers else ():
+        _set_rate(group, key, float(group[key]) * share)
     for scheduler in schedulers:
         if len(getattr(scheduler, "base_lrs", ())) > number:
             scheduler.base_lrs[number] = value
+        if len(getattr(scheduler, "max_lrs", ())) > number:  # CyclicLR goes between the two
+            scheduler.max_lrs[number] = float(scheduler.max_lrs[number]) * share
 
 
 def _set_rate(group: dict[str, Any], key: str, value: float) -> None:
@@ -113,8 +123,8 @@ def scale_learning_rate(objects: Mapping[str, Any], factor: float) -> None:
         for number, group in enumerate(optimizer.param_groups):
             if "lr" in group:
                 base = float(group.get("initial_lr", group["lr"]))
-                _set_rate(group, "lr", float(group["lr"]) * factor)
                 _set_base(group, schedulers, number, base * factor)
+                _set_rate(group, "lr", float(group["lr"]) * factor)
 
 
 def lowered(overrides: Mapping[str, Any], factor: float) -> dict[str, Any]:

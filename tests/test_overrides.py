@@ -144,6 +144,27 @@ def test_lowering_reaches_rates_schedules_and_overrides():
     }
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=20),
+        lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.04, 0.4, step_size_up=4),
+    ],
+    ids=["one cycle", "cyclic"],
+)
+def test_lowering_lasts_where_a_schedule_has_a_highest_rate(schedule):
+    def rates(factor):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.4, momentum=0.9)
+        scheduler = schedule(optimizer)
+        scale_learning_rate({"o": optimizer, "s": scheduler}, factor)
+        for _ in range(15):
+            optimizer.step()
+            scheduler.step()
+            yield optimizer.param_groups[0]["lr"]
+
+    assert list(rates(0.1)) == pytest.approx([rate * 0.1 for rate in rates(1.0)])
+
+
 # --- schedulers that don't fit -------------------------------------------------------------------
 
 
