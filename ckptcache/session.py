@@ -32,7 +32,7 @@ from ckptcache.overrides import (
     settings_of,
 )
 from ckptcache.policy.divergence import DivergenceGuard
-from ckptcache.recovery import Divergence, Recovery
+from ckptcache.recovery import Divergence, Recovery, clear_gradients
 from ckptcache.registry import Registry
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start
@@ -330,8 +330,11 @@ class TrainingSession:
 
     def _finish(self) -> None:
         self._stretch.counter.abandon()
+        if self._recovery is not None:
+            self._recovery.catch_up()
         if self._stop_reason is None:
-            self._stop_reason = "finished" if self._signals.stop is None else "signal"
+            ended = "diverged" if self._has_diverged else "finished"
+            self._stop_reason = ended if self._signals.stop is None else "signal"
         try:
             self._stretch.saves.collect()
         except BaseException:
@@ -342,9 +345,12 @@ class TrainingSession:
                 self._save_last()
 
     def _owes_last_save(self) -> bool:
-        has_diverged = self._recovery is not None and self._recovery.found is not None
         is_new = self.iteration > self.start_iteration and self._stretch.tally.saved_at != self.iteration
-        return is_new and not has_diverged
+        return is_new and not self._has_diverged
+
+    @property
+    def _has_diverged(self) -> bool:
+        return self._recovery is not None and self._recovery.found is not None
 
     def _save_last(self) -> None:
         """A last save that fails makes the run end non-zero."""
@@ -432,6 +438,8 @@ class TrainingSession:
             self._registry.forget(name)
             raise
         self._stretch.counter.watch([value])
+        if self._recovery is not None:
+            self._recovery.keep_more({name: value})
         return held
 
     def _restore_late(self, name: str, value: Any) -> None:
@@ -547,7 +555,7 @@ class TrainingSession:
         self._stretch.tally.curves.add(self.iteration, values)
         self._trace.log(values)
         if self._recovery is not None and "loss" in values:
-            self._recovery.logged(self.iteration, values["loss"])
+            self._recovery.logged(self.iteration, values["loss"], self._stretch.counter.begun)
 
     def latest(self, name: str) -> float | None:
         """The last value that was logged under `name`; None without one."""
@@ -590,7 +598,7 @@ class TrainingSession:
     # --- saving ----------------------------------------------------------------------------------
 
     def _offer(self, reason: str, **options: Any) -> CheckpointMetadata | None:
-        if self._recovery is not None and self._recovery.found is not None:
+        if self._has_diverged:
             return None  # what has diverged is nothing to go back to, and would push out what is
         return self._stretch.saves.offer(reason, self._state_now(), lambda: self.record, **options)
 
@@ -629,6 +637,8 @@ class TrainingSession:
             divergence = Divergence(reason, iteration, startup.record, factor)
             self._branch(startup, factor)
         log.warning("%s", divergence)
+        if not divergence.stops:
+            announce(self._startup)
         self._events.emit("diverged", divergence)
         return not divergence.stops
 
@@ -638,12 +648,19 @@ class TrainingSession:
 
     def _branch(self, startup: Startup, learning_rate_factor: float) -> None:
         """Close this stretch as diverged, and begin another where `startup` is."""
-        ended, self._stretch = self._stretch, self._new_stretch("recovery")
-        self._stretch.hold()
+        fresh = self._new_stretch("recovery")
+        fresh.hold()
+        try:
+            self._registry.take_values(startup.state)
+            fresh.begin(startup, seed=self.seed, reseed_because="training has diverged")
+        except BaseException:  # the disk is full, say: the stretch that was open is the one that ends
+            fresh.end("error")
+            fresh.release()
+            raise
+        ended, self._stretch = self._stretch, fresh
         ended.close("diverged")
         ended.release()
-        self._registry.take_values(startup.state)
-        self._stretch.begin(startup, seed=self.seed, reseed_because="training has diverged")
+        clear_gradients(self._registry.objects)
         scale_learning_rate(self._registry.objects, learning_rate_factor)
         self.overrides = lowered(self.overrides, learning_rate_factor)
         apply_overrides(self.overrides, self._registry.objects)
