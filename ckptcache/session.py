@@ -151,6 +151,7 @@ class TrainingSession:
         guard = divergence_guard
         self._recovery = None if guard is None else Recovery(guard, endures_overflow=scaler is not None)
         self._recoveries = 0
+        self._branches_left: list[str] = []
         self._deadline = Deadline(self.max_seconds)
         self._signals = SignalWatch()
         self._owes_interval = False
@@ -412,7 +413,8 @@ class TrainingSession:
         self._stretch.end(self._stop_reason)
         try:
             self._stretch.saves.collect()
-            self.cache.forget_session(self.id)
+            for id in (self.id, *reversed(self._branches_left)):
+                self.cache.forget_session(id)
             if any(session.id == self.id for session in self.cache.sessions()):
                 self.cache.record_session(self.record)
         finally:
@@ -660,6 +662,7 @@ class TrainingSession:
         ended, self._stretch = self._stretch, fresh
         ended.close("diverged")
         ended.release()
+        self._branches_left.append(ended.id)
         clear_gradients(self._registry.objects)
         scale_learning_rate(self._registry.objects, learning_rate_factor)
         self.overrides = lowered(self.overrides, learning_rate_factor)

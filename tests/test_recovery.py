@@ -330,6 +330,17 @@ def test_a_full_disk_at_the_way_back_ends_the_session_that_was_open(cache, monke
     assert not list((cache.cache_dir / "sessions").glob("sess_*"))
 
 
+def test_discarding_leaves_nothing_of_the_branches_that_were_left(cache):
+    job = Job()
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=2).start()
+    for step in session.steps(8):
+        session.log(loss=job.train_step(step) * (math.nan if step == 5 and session.recoveries == 0 else 1))
+    assert session.recoveries == 1
+    session.discard()
+    assert cache.sessions() == []
+    assert cache.checkpoints() == []
+
+
 def refuse(owner, known, hold):
     if owner != known and owner.startswith("sess_"):
         raise CacheDirNotWritable(path="sessions", reason="no space left on device")
