@@ -38,6 +38,19 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
+def note_starting_rates(objects: Mapping[str, Any]) -> None:
+    """Let each scheduled group know the rate that its schedule started from, as torch's own schedulers do.
+
+    ReduceLROnPlateau doesn't, and a rate that it has lowered could not be told from one that was set so.
+    """
+    for optimizer in optimizers_in(objects).values():
+        if schedulers_of(optimizer, objects):
+            for group in optimizer.param_groups:
+                if "lr" in group and "initial_lr" not in group:
+                    rate = group["lr"]
+                    group["initial_lr"] = rate.clone() if isinstance(rate, torch.Tensor) else rate
+
+
 def check_overrides(overrides: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
     """InvalidValue for what names no optimizer that is registered, or no setting that all its groups have."""
     optimizers = optimizers_in(objects)

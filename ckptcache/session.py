@@ -27,6 +27,7 @@ from ckptcache.overrides import (
     check_overrides,
     differences,
     lowered,
+    note_starting_rates,
     optimizers_in,
     scale_learning_rate,
     settings_of,
@@ -280,6 +281,7 @@ class TrainingSession:
 
     def _start(self) -> None:
         objects = self._registry.objects
+        note_starting_rates(objects)
         given = {name: settings_of(optimizer) for name, optimizer in optimizers_in(objects).items()}
         found = start(self.cache, objects, self._needed(), resume=self.resume, wish=self._wish)
         self._registry.take_values(found.state)

@@ -90,6 +90,25 @@ def test_under_a_schedule_the_course_is_kept_from_another_start(tmp_path, schedu
     assert after == pytest.approx(whole[5:])
 
 
+def test_a_rate_that_was_lowered_on_a_plateau_stays_so_from_another_start(tmp_path):
+    def plateau(rate, iterations, **options):
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        with TrainingSession(cache_at(tmp_path / "cache"), **objects, resume="latest", **options) as session:
+            for _ in session.steps(iterations):
+                optimizer.step()
+                scheduler.step(1.0)
+        return session.messages, optimizer.param_groups[0]["lr"]
+
+    assert plateau(0.4, 3)[1] == pytest.approx(0.1)
+    assert plateau(0.4, 3, overrides={"lr": 0.4})[1] == pytest.approx(0.1)
+    assert plateau(0.8, 3, overrides={"lr": 0.8})[1] == pytest.approx(0.2)
+    messages, _ = plateau(0.8, 3)
+    assert any(line.startswith("optimizer: lr is 0.4, as saved, where the program gave 0.8") for line in messages)
+
+
 def test_a_rate_that_is_a_tensor_stays_the_same_tensor(cache):
     def fused(parameters, lr):
         return torch.optim.AdamW(parameters, lr=torch.tensor(lr))
