@@ -148,7 +148,8 @@ class Recovery:
     def saved(self, record: CheckpointMetadata) -> None:
         """A checkpoint counts: the start is not needed any more, and what is passed is forgiven."""
         self._start = None
-        if self._passed is not None and record.iteration > self._passed and record.val_loss is not None:
+        is_sound = record.val_loss is not None or record.iteration <= self._sound
+        if self._passed is not None and record.iteration > self._passed and is_sound:
             self._tried, self._passed = 0, None
 
     def keep_start(self, objects: Mapping[str, Any]) -> None:

@@ -128,6 +128,18 @@ def test_beyond_the_trouble_the_count_begins_anew(cache):
     assert session.recoveries == 4
 
 
+def test_the_count_begins_anew_where_nothing_is_ever_evaluated_too(cache):
+    job, spoil, factors = Job(), Spoilt(6, 16, 26), []
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=2)
+    session.on("diverged", lambda divergence: factors.append(divergence.learning_rate_factor))
+    with session:
+        for step in session.steps(32):
+            session.log(loss=spoil(session, job.train_step(step)))
+            cache.wait_until_finished()
+    assert session.stop_reason == "finished"
+    assert factors == [1.0, 1.0, 1.0]
+
+
 def test_before_the_first_checkpoint_it_goes_back_to_the_start(cache):
     job = Job()
     whole = {name: part.state_dict() for name, part in job.objects().items()}
