@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ckptcache.errors import InvalidValue
 from ckptcache.values import as_float
@@ -39,12 +40,12 @@ def _plain(value: Any) -> Any:
 
 
 def note_starting_rates(objects: Mapping[str, Any]) -> None:
-    """Let each scheduled group know the rate that its schedule started from, as torch's own schedulers do.
+    """Let each group under a ReduceLROnPlateau know the rate that it started from, as under torch's other schedulers.
 
-    ReduceLROnPlateau doesn't, and a rate that it has lowered could not be told from one that was set so.
+    It doesn't say itself, and a rate that it has lowered could not be told from one that was set so.
     """
     for optimizer in optimizers_in(objects).values():
-        if schedulers_of(optimizer, objects):
+        if any(isinstance(s, ReduceLROnPlateau) for s in schedulers_of(optimizer, objects)):
             for group in optimizer.param_groups:
                 if "lr" in group and "initial_lr" not in group:
                     rate = group["lr"]
