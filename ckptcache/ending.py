@@ -33,6 +33,7 @@ class Ending(Facts):
     _events: Events
     _owner: int
     _recovery: Recovery | None
+    _branches_left: list[str]
     _signals: SignalWatch
     _trace: trace.Trace
 
@@ -77,8 +78,11 @@ class Ending(Facts):
 
     def _finish(self) -> None:
         self._stretch.counter.abandon()
+        if self._recovery is not None:
+            self._recovery.catch_up()
         if self._stop_reason is None:
-            self._stop_reason = "finished" if self._signals.stop is None else "signal"
+            ended = "diverged" if self._has_diverged else "finished"
+            self._stop_reason = ended if self._signals.stop is None else "signal"
         try:
             self._stretch.saves.collect()
         except BaseException:
@@ -89,9 +93,12 @@ class Ending(Facts):
                 self._save_last()
 
     def _owes_last_save(self) -> bool:
-        has_diverged = self._recovery is not None and self._recovery.found is not None
         is_new = self.iteration > self.start_iteration and self._stretch.tally.saved_at != self.iteration
-        return is_new and not has_diverged
+        return is_new and not self._has_diverged
+
+    @property
+    def _has_diverged(self) -> bool:
+        return self._recovery is not None and self._recovery.found is not None
 
     def _save_last(self) -> None:
         """A last save that fails makes the run end non-zero."""
@@ -153,7 +160,8 @@ class Ending(Facts):
         self._stretch.end(self._stop_reason)
         try:
             self._stretch.saves.collect()
-            self.cache.forget_session(self.id)
+            for id in (self.id, *reversed(self._branches_left)):
+                self.cache.forget_session(id)
             if any(session.id == self.id for session in self.cache.sessions()):
                 self.cache.record_session(self.record)
         finally:

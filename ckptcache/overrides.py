@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ckptcache.errors import InvalidValue
 from ckptcache.values import as_float
+
+_COURSE = {"max_lr", "min_lr", "swa_lr"}
+"""Rates that a group is led to: OneCycleLR and SWALR keep theirs there."""
 
 
 def optimizers_in(objects: Mapping[str, Any]) -> dict[str, Optimizer]:
@@ -33,6 +37,19 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def note_starting_rates(objects: Mapping[str, Any]) -> None:
+    """Let each group under a ReduceLROnPlateau know the rate that it started from, as under torch's other schedulers.
+
+    It doesn't say itself, and a rate that it has lowered could not be told from one that was set so.
+    """
+    for optimizer in optimizers_in(objects).values():
+        if any(isinstance(s, ReduceLROnPlateau) for s in schedulers_of(optimizer, objects)):
+            for group in optimizer.param_groups:
+                if "lr" in group and "initial_lr" not in group:
+                    rate = group["lr"]
+                    group["initial_lr"] = rate.clone() if isinstance(rate, torch.Tensor) else rate
 
 
 def check_overrides(overrides: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
@@ -86,16 +103,23 @@ def _set(group: dict[str, Any], setting: str, value: Any, schedulers: list[Any],
     base = float(group.get("initial_lr", group["lr"]))
     share = float(group["lr"]) / base if schedulers and base else 1.0
     value = as_float(value, "overrides.lr")
-    _set_rate(group, "lr", value * share)
     _set_base(group, schedulers, number, value)
+    _set_rate(group, "lr", value * share)
 
 
 def _set_base(group: dict[str, Any], schedulers: list[Any], number: int, value: float) -> None:
+    """Let the schedules of a group start from `value`; the other rates that they go through move in proportion."""
+    base = float(group.get("initial_lr", group["lr"]))
+    share = value / base if base else 1.0
     if "initial_lr" in group:
         _set_rate(group, "initial_lr", value)
+    for key in _COURSE & group.keys() if schedulers else ():
+        _set_rate(group, key, float(group[key]) * share)
     for scheduler in schedulers:
         if len(getattr(scheduler, "base_lrs", ())) > number:
             scheduler.base_lrs[number] = value
+        if len(getattr(scheduler, "max_lrs", ())) > number:  # CyclicLR goes between the two
+            scheduler.max_lrs[number] = float(scheduler.max_lrs[number]) * share
 
 
 def _set_rate(group: dict[str, Any], key: str, value: float) -> None:
@@ -113,8 +137,8 @@ def scale_learning_rate(objects: Mapping[str, Any], factor: float) -> None:
         for number, group in enumerate(optimizer.param_groups):
             if "lr" in group:
                 base = float(group.get("initial_lr", group["lr"]))
-                _set_rate(group, "lr", float(group["lr"]) * factor)
                 _set_base(group, schedulers, number, base * factor)
+                _set_rate(group, "lr", float(group["lr"]) * factor)
 
 
 def lowered(overrides: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -5,15 +5,18 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ckptcache.cache import TrainingCache
 from ckptcache.metadata import CheckpointMetadata
+from ckptcache.policy.branches import lineage
 from ckptcache.policy.divergence import DivergenceGuard, LossWatch
+from ckptcache.registry import VALUES
 from ckptcache.startup import Startup
-from ckptcache.state.capture import capture
+from ckptcache.state.capture import capture, walk
 from ckptcache.state.restore import RNG, apply
 from ckptcache.state.rng import capture_rng
 from ckptcache.values import as_float
@@ -63,7 +66,17 @@ class Recovery:
         """Why and since when it has diverged; None while it hasn't."""
         self._endures_overflow = endures_overflow
         self._watch = self._new_watch(())
-        self._waiting: deque[tuple[int, torch.Tensor, torch.cuda.Event]] = deque()
+        self._waiting: deque[tuple[int, int, torch.Tensor, torch.cuda.Event]] = deque()
+        self._line = ""
+        """The checkpoint that the training resumed from before all this; what that came from is its own past."""
+        self._began: CheckpointMetadata | None = None
+        """Where the present stretch began."""
+        self._sound = -1
+        """The last iteration whose weights gave a loss as usual; -1 where none has yet."""
+        self._left: dict[str, tuple[int, int]] = {}
+        """Of each stretch that diverged: up to where it was sound, and from where it had diverged."""
+        self._unsound: set[str] = set()
+        """Checkpoints from which it diverged at once."""
         self._tried = 0
         self._passed: int | None = None
         """The iteration that a checkpoint must lie beyond for the count to begin anew."""
@@ -76,23 +89,47 @@ class Recovery:
 
     def begin(self, cache: TrainingCache, startup: Startup) -> None:
         """A stretch begins: what was usual before it, the index may tell."""
-        self.found = None
+        if self._began is None and startup.record is not None and not self._left:
+            self._line = startup.record.id
+        self.found, self._began, self._sound = None, startup.record, -1
         self._waiting.clear()
         self._watch = self._new_watch(losses_before(cache, startup.record))
 
-    def logged(self, iteration: int, loss: Any) -> None:
-        """Look at a training loss; one on a GPU is looked at once it has arrived, and not waited for."""
+    def logged(self, iteration: int, loss: Any, weights_of: int) -> None:
+        """Look at a training loss; one on a GPU is looked at once it has arrived, and not waited for.
+
+        Args:
+            weights_of: the iteration of the weights that it was computed with, which is one less after the step.
+        """
         if isinstance(loss, torch.Tensor) and loss.device.type == "cuda":
-            self._waiting.append((iteration, *_on_its_way(loss)))
-            while self._waiting and self._waiting[0][2].query():  # type: ignore[no-untyped-call]
-                arrived, value, _ = self._waiting.popleft()
-                self._judge(self._watch.look(arrived, float(value)), arrived)
+            self._waiting.append((iteration, weights_of, *_on_its_way(loss)))
+            self._look_at_arrived(wait=False)
         else:
-            self._judge(self._watch.look(iteration, as_float(loss, "loss")), iteration)
+            self._look(iteration, as_float(loss, "loss"), weights_of)
+
+    def catch_up(self) -> None:
+        """Look at every loss that is still on its way from a GPU."""
+        self._look_at_arrived(wait=True)
+
+    def _look_at_arrived(self, *, wait: bool) -> None:
+        while self._waiting and (wait or self._waiting[0][3].query()):  # type: ignore[no-untyped-call]
+            iteration, weights_of, value, event = self._waiting.popleft()
+            event.synchronize()
+            self._look(iteration, float(value), weights_of)
+
+    def _look(self, iteration: int, loss: float, weights_of: int) -> None:
+        self._judge(self._watch.look(iteration, loss), iteration)
+        self._note_sound(weights_of)
+
+    def _note_sound(self, weights_of: int) -> None:
+        if self._watch.began_at is None and self.found is None:
+            self._sound = max(self._sound, weights_of)
 
     def evaluated(self, iteration: int, val_loss: float | None) -> None:
         """Look at a validation loss, which is no less reliable with a scaler."""
-        if val_loss is not None and not math.isfinite(val_loss):
+        if val_loss is not None and math.isfinite(val_loss):
+            self._note_sound(iteration)
+        elif val_loss is not None:
             self._judge(f"the validation loss is {val_loss} at iteration {iteration}", iteration)
 
     def _judge(self, reason: str | None, iteration: int) -> None:
@@ -111,29 +148,71 @@ class Recovery:
     def saved(self, record: CheckpointMetadata) -> None:
         """A checkpoint counts: the start is not needed any more, and what is passed is forgiven."""
         self._start = None
-        if self._passed is not None and record.iteration > self._passed and record.val_loss is not None:
+        is_sound = record.val_loss is not None or record.iteration <= self._sound
+        if self._passed is not None and record.iteration > self._passed and is_sound:
             self._tried, self._passed = 0, None
 
     def keep_start(self, objects: Mapping[str, Any]) -> None:
         """Keep a copy of the state at a fresh start, on the CPU, until there is a checkpoint to go back to."""
-        self._start = {name: _copied(value) for name, value in {**capture(objects).state, RNG: capture_rng()}.items()}
+        self._start = {**_copied(capture(objects).state), RNG: capture_rng()}
+
+    def keep_more(self, objects: Mapping[str, Any]) -> None:
+        """Keep what was registered since the start as well, where that is kept."""
+        if self._start is not None and VALUES not in objects:
+            self._start |= _copied(capture(objects).state)
 
     def restore(
         self, cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any], *, session: str
     ) -> Startup | None:
-        """Restore the best checkpoint from before the divergence, or the start; None where there is neither."""
+        """Restore this training's best checkpoint from before the divergence, or the start; None: there is neither.
+
+        The weights of a checkpoint are known to be sound up to the last loss that was as usual. One from between that
+        and the divergence counts if it was evaluated; otherwise it is the last resort.
+        """
         before = self._passed = 0 if self.found is None else self.found[1]
+        self._left[session] = (self._sound, before)
+        if self._began is not None and self._began.val_loss is None and self._sound < self._began.iteration:
+            self._unsound.add(self._began.id)  # it has diverged from there without one loss as usual
+        index = cache.ledger.view().index
+        line = {self._line, *lineage(index.checkpoints, index.sessions).ancestors(self._line)}
 
-        def is_good(record: CheckpointMetadata) -> bool:
-            return record.session != session or record.iteration < before
+        def is_own(record: CheckpointMetadata) -> bool:
+            # What others reached in this cache is another training, which this one must not turn into.
+            left = self._left.get(record.session or "")
+            return record.id in line if left is None else record.iteration < left[1]
 
-        restored = cache.restore(objects, resume="best", only=is_good, **needed)
-        if restored is not None:
-            return Startup(restored.record, state=restored.state, report=restored.report, chose_best=True)
-        if self._start is None:
+        def is_sound(record: CheckpointMetadata) -> bool:
+            left = self._left.get(record.session or "")
+            is_known = left is None or record.iteration <= left[0] or _is_finite(record.val_loss)
+            return is_own(record) and is_known and record.id not in self._unsound
+
+        best = partial(cache.restore, objects, resume="best", **needed)
+        restored = best(only=is_sound)
+        if restored is None and self._start is not None:
+            return self._from_start(objects)
+        restored = restored or best(only=is_own)
+        if restored is None:
             return None
-        apply(objects, self._start, id="the start")
-        return Startup()
+        left = restored.report.fresh
+        told = (f"not in the checkpoint, and so left as they are: {', '.join(left)}",) if left else ()
+        return Startup(restored.record, state=restored.state, report=restored.report, chose_best=True, messages=told)
+
+    def _from_start(self, objects: Mapping[str, Any]) -> Startup:
+        # What loads a state may keep its tensors and train on in them, and the start may be needed again.
+        start = _copied(self._start)
+        report = apply(objects, start, id="the start")
+        return Startup(state={VALUES: start[VALUES]} if VALUES in start else {}, report=report)
+
+
+def _is_finite(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
+
+
+def clear_gradients(objects: Mapping[str, Any]) -> None:
+    """Forget the gradients of registered models and optimizers, as after any restart; those that diverged add up."""
+    for _, value in walk(objects):
+        if isinstance(value, torch.nn.Module | torch.optim.Optimizer):
+            value.zero_grad(set_to_none=True)
 
 
 def losses_before(cache: TrainingCache, record: CheckpointMetadata | None) -> list[float]:

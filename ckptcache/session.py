@@ -22,12 +22,13 @@ from ckptcache.overrides import (
     check_overrides,
     differences,
     lowered,
+    note_starting_rates,
     optimizers_in,
     scale_learning_rate,
     settings_of,
 )
 from ckptcache.policy.divergence import DivergenceGuard
-from ckptcache.recovery import Divergence, Recovery
+from ckptcache.recovery import Divergence, Recovery, clear_gradients
 from ckptcache.registry import Registry, check_spelling, stray_tensors
 from ckptcache.signals import SignalWatch
 from ckptcache.startup import Startup, announce, be_heard, loader_note, reseed_object, start, stray_note
@@ -145,6 +146,7 @@ class TrainingSession(Ending):
         guard = divergence_guard
         self._recovery = None if guard is None else Recovery(guard, endures_overflow=scaler is not None)
         self._recoveries = 0
+        self._branches_left: list[str] = []
         self._deadline = Deadline(self.max_seconds)
         self._signals = SignalWatch()
         self._owes_interval = False
@@ -192,6 +194,7 @@ class TrainingSession(Ending):
 
     def _start(self) -> None:
         objects = self._registry.objects
+        note_starting_rates(objects)
         given = {name: settings_of(optimizer) for name, optimizer in optimizers_in(objects).items()}
         found = start(self.cache, objects, self._needed(), resume=self.resume, wish=self._wish)
         self._registry.take_values(found.state)
@@ -227,6 +230,8 @@ class TrainingSession(Ending):
             self._registry.forget(name)
             raise
         self._stretch.counter.watch([value])
+        if self._recovery is not None:
+            self._recovery.keep_more({name: value})
         return held
 
     def _restore_late(self, name: str, value: Any) -> None:
@@ -342,7 +347,7 @@ class TrainingSession(Ending):
         self._stretch.tally.curves.add(self.iteration, values)
         self._trace.log(values)
         if self._recovery is not None and "loss" in values:
-            self._recovery.logged(self.iteration, values["loss"])
+            self._recovery.logged(self.iteration, values["loss"], self._stretch.counter.begun)
 
     def latest(self, name: str) -> float | None:
         """The last value that was logged under `name`; None without one."""
@@ -383,7 +388,7 @@ class TrainingSession(Ending):
             self._recovery.evaluated(self.iteration, loss)
 
     def _offer(self, reason: str, **options: Any) -> CheckpointMetadata | None:
-        if self._recovery is not None and self._recovery.found is not None:
+        if self._has_diverged:
             return None  # what has diverged is nothing to go back to, and would push out what is
         return self._stretch.saves.offer(reason, self._state_now(), lambda: self.record, **options)
 
@@ -415,6 +420,8 @@ class TrainingSession(Ending):
             divergence = Divergence(reason, iteration, startup.record, factor)
             self._branch(startup, factor)
         log.warning("%s", divergence)
+        if not divergence.stops:
+            announce(self._startup)
         self._events.emit("diverged", divergence)
         return not divergence.stops
 
@@ -424,12 +431,20 @@ class TrainingSession(Ending):
 
     def _branch(self, startup: Startup, learning_rate_factor: float) -> None:
         """Close this stretch as diverged, and begin another where `startup` is."""
-        ended, self._stretch = self._stretch, self._new_stretch("recovery")
-        self._stretch.hold()
+        fresh = self._new_stretch("recovery")
+        fresh.hold()
+        try:
+            self._registry.take_values(startup.state)
+            fresh.begin(startup, seed=self.seed, reseed_because="training has diverged")
+        except BaseException:  # the disk is full, say: the stretch that was open is the one that ends
+            fresh.end("error")
+            fresh.release()
+            raise
+        ended, self._stretch = self._stretch, fresh
         ended.close("diverged")
         ended.release()
-        self._registry.take_values(startup.state)
-        self._stretch.begin(startup, seed=self.seed, reseed_because="training has diverged")
+        self._branches_left.append(ended.id)
+        clear_gradients(self._registry.objects)
         scale_learning_rate(self._registry.objects, learning_rate_factor)
         self.overrides = lowered(self.overrides, learning_rate_factor)
         apply_overrides(self.overrides, self._registry.objects)

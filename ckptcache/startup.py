@@ -64,7 +64,10 @@ class Startup:
 
     def without(self, part: str) -> Self:
         """The same, once an object has taken a part of the checkpoint."""
-        return dataclasses.replace(self, state={name: value for name, value in self.state.items() if name != part})
+        state = {name: value for name, value in self.state.items() if name != part}
+        unused = tuple(name for name in self.report.unused if name != part)
+        report = dataclasses.replace(self.report, restored=(*self.report.restored, part), unused=unused)
+        return dataclasses.replace(self, state=state, report=report)
 
 
 class _Fallback(logging.Handler):

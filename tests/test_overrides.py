@@ -90,6 +90,25 @@ def test_under_a_schedule_the_course_is_kept_from_another_start(tmp_path, schedu
     assert after == pytest.approx(whole[5:])
 
 
+def test_a_rate_that_was_lowered_on_a_plateau_stays_so_from_another_start(tmp_path):
+    def plateau(rate, iterations, **options):
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        with TrainingSession(cache_at(tmp_path / "cache"), **objects, resume="latest", **options) as session:
+            for _ in session.steps(iterations):
+                optimizer.step()
+                scheduler.step(1.0)
+        return session.messages, optimizer.param_groups[0]["lr"]
+
+    assert plateau(0.4, 3)[1] == pytest.approx(0.1)
+    assert plateau(0.4, 3, overrides={"lr": 0.4})[1] == pytest.approx(0.1)
+    assert plateau(0.8, 3, overrides={"lr": 0.8})[1] == pytest.approx(0.2)
+    messages, _ = plateau(0.8, 3)
+    assert any(line.startswith("optimizer: lr is 0.4, as saved, where the program gave 0.8") for line in messages)
+
+
 def test_a_rate_that_is_a_tensor_stays_the_same_tensor(cache):
     def fused(parameters, lr):
         return torch.optim.AdamW(parameters, lr=torch.tensor(lr))
@@ -142,6 +161,27 @@ def test_lowering_reaches_rates_schedules_and_overrides():
         "lr": 0.5,
         "o": {"lr": 1.0, "momentum": 0.9},
     }
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=20),
+        lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.04, 0.4, step_size_up=4),
+    ],
+    ids=["one cycle", "cyclic"],
+)
+def test_lowering_lasts_where_a_schedule_has_a_highest_rate(schedule):
+    def rates(factor):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.4, momentum=0.9)
+        scheduler = schedule(optimizer)
+        scale_learning_rate({"o": optimizer, "s": scheduler}, factor)
+        for _ in range(15):
+            optimizer.step()
+            scheduler.step()
+            yield optimizer.param_groups[0]["lr"]
+
+    assert list(rates(0.1)) == pytest.approx([rate * 0.1 for rate in rates(1.0)])
 
 
 # --- schedulers that don't fit -------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckptcache.errors import CacheDirNotWritable
 from ckptcache.policy.divergence import DivergenceGuard
 from ckptcache.session import TrainingSession
 from ckptcache.trainer import CachedTrainer
@@ -127,6 +128,18 @@ def test_beyond_the_trouble_the_count_begins_anew(cache):
     assert session.recoveries == 4
 
 
+def test_the_count_begins_anew_where_nothing_is_ever_evaluated_too(cache):
+    job, spoil, factors = Job(), Spoilt(6, 16, 26), []
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=2)
+    session.on("diverged", lambda divergence: factors.append(divergence.learning_rate_factor))
+    with session:
+        for step in session.steps(32):
+            session.log(loss=spoil(session, job.train_step(step)))
+            cache.wait_until_finished()
+    assert session.stop_reason == "finished"
+    assert factors == [1.0, 1.0, 1.0]
+
+
 def test_before_the_first_checkpoint_it_goes_back_to_the_start(cache):
     job = Job()
     whole = {name: part.state_dict() for name, part in job.objects().items()}
@@ -158,7 +171,7 @@ def test_a_spike_goes_back_to_before_it_began(cache):
             session.log(loss=loss)
     assert spikes == [30, 31, 32, 33, 34]
     starts = [s.start_iteration for s in cache.sessions()]
-    assert starts == [0, 30], "the checkpoints that were saved while it rose are passed over"
+    assert starts == [0, 29], "what was saved while it rose, and what it rose from, is passed over"
 
 
 def test_nothing_is_saved_between_the_first_sign_and_the_way_back(cache):
@@ -208,6 +221,142 @@ def test_plain_values_go_back_too(cache):
             if step == 2:
                 session.checkpoint(val_loss=1.0)
     assert seen == [3]
+
+
+@pytest.mark.parametrize(("every", "logged_every"), [(1, 1), (2, 5)])
+def test_a_checkpoint_whose_weights_are_broken_already_is_not_gone_back_to(cache, every, logged_every):
+    job, broken = Job(), []
+    with TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=every) as session:
+        for step in session.steps(25):
+            loss = job.train_step(step)
+            if step == 15 and not broken:
+                broken.append(step)
+                with torch.no_grad():
+                    job.model.out.weight.fill_(math.nan)
+            if step % logged_every == 0:
+                session.log(loss=loss)
+    assert session.stop_reason == "finished"
+    assert session.recoveries == 1
+    assert session.start_iteration <= 15
+    assert job.model.out.weight.isfinite().all()
+
+
+def test_the_second_try_does_not_begin_where_the_first_one_went_wrong(cache):
+    job = Job()
+    with TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=2) as session:
+        for step in session.steps(40):
+            loss = job.train_step(step)
+            session.log(loss=loss * 100 if step >= 30 and session.recoveries < 2 else loss)
+    starts = [s.start_iteration for s in cache.sessions()]
+    assert len(starts) == 3
+    assert max(starts) <= 30, "what was saved while it rose is passed over at the second try too"
+
+
+def test_another_training_in_the_same_cache_is_nothing_to_go_back_to(cache):
+    train(cache, 20, Spoilt())
+    session, _ = train(cache, 8, Spoilt(3), every=100, resume="never")
+    assert session.iteration == 8
+    assert session.resumed_from is None
+    assert session.recoveries == 1
+
+
+def test_a_session_resumed_from_goes_on_from_what_that_came_from(cache):
+    first, _ = train(cache, 6, Spoilt())
+    session, _ = train(cache, 12, Spoilt(7), every=100, resume="latest")
+    assert session.start_iteration == 6
+    assert session.resumed_from.session == first.id
+
+
+def test_the_start_may_be_gone_back_to_twice_with_all_that_belongs_to_it(cache):
+    model, seen = nn.Linear(2, 1), []
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)  # keeps sums from the beginning, and adds to them
+    session = TrainingSession(cache, model=model, optimizer=optimizer, divergence_guard=GUARD, count=0)
+    look = lambda _: seen.append((session.values["count"], float(optimizer.state[model.weight]["sum"].sum())))  # noqa: E731
+    session.on("diverged", look)
+    with session:
+        for step in session.steps(6):
+            loss = model(torch.ones(3, 2)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.values["count"] += 1
+            session.log(loss=loss * math.nan if step == 4 and session.recoveries < 2 else loss)
+    assert seen == [(0, 0.0), (0, 0.0)]
+
+
+def test_what_was_registered_after_the_start_goes_back_to_it_too(cache):
+    job, sums = Job(), torch.zeros(2)
+    with TrainingSession(cache, **job.objects(), divergence_guard=GUARD) as session:
+        for step in session.steps(6):
+            if step == 1 and session.recoveries == 0:
+                session.register("sums", sums)
+            if step == 3 and session.recoveries == 0:
+                sums.fill_(math.nan)
+            session.log(loss=job.train_step(step) + sums.sum())
+    assert session.recoveries == 1
+    assert sums.tolist() == [0.0, 0.0]
+
+
+def test_gradients_that_are_nan_are_forgotten(cache):
+    job, seen = Job(), []
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=1)
+    session.on("diverged", lambda _: seen.extend(p.grad for p in job.model.parameters()))
+    with session:
+        for step in session.steps(6):
+            session.log(loss=job.train_step(step) * (math.nan if step == 3 and session.recoveries == 0 else 1))
+            if step == 3 and session.recoveries == 0:
+                for parameter in job.model.parameters():
+                    parameter.grad.fill_(math.nan)
+    assert seen
+    assert all(grad is None for grad in seen)
+
+
+def test_a_loop_left_because_it_has_diverged_did_not_finish(cache):
+    job = Job()
+    with TrainingSession(cache, **job.objects(), divergence_guard=GUARD) as session:
+        for step in session.steps(6):
+            job.train_step(step)
+            session.log(loss=math.nan if step == 3 else 1.0)
+            if step == 3:
+                break
+    assert session.stop_reason == "diverged"
+    assert not cache.checkpoints()
+
+
+def test_a_full_disk_at_the_way_back_ends_the_session_that_was_open(cache, monkeypatch):
+    job, hold = Job(), cache.ledger.hold
+    with (
+        pytest.raises(CacheDirNotWritable),
+        TrainingSession(cache, **job.objects(), divergence_guard=GUARD) as session,
+    ):
+        for step in session.steps(6):
+            session.log(loss=job.train_step(step) * (math.nan if step == 3 else 1))
+            if step == 1:
+                session.checkpoint(val_loss=1.0)
+                cache.wait_until_finished()
+            if step == 3:
+                monkeypatch.setattr(cache.ledger, "hold", lambda owner: refuse(owner, session.id, hold))
+    assert session.stop_reason == "error"
+    assert session.iteration == 4
+    assert [s.stop_reason for s in cache.sessions()] == ["error"]
+    assert not list((cache.cache_dir / "sessions").glob("sess_*"))
+
+
+def test_discarding_leaves_nothing_of_the_branches_that_were_left(cache):
+    job = Job()
+    session = TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=2).start()
+    for step in session.steps(8):
+        session.log(loss=job.train_step(step) * (math.nan if step == 5 and session.recoveries == 0 else 1))
+    assert session.recoveries == 1
+    session.discard()
+    assert cache.sessions() == []
+    assert cache.checkpoints() == []
+
+
+def refuse(owner, known, hold):
+    if owner != known and owner.startswith("sess_"):
+        raise CacheDirNotWritable(path="sessions", reason="no space left on device")
+    return hold(owner)
 
 
 # --- CachedTrainer -------------------------------------------------------------------------------

@@ -212,6 +212,19 @@ def generators():
     return {"torch": torch.Generator(), "numpy": np.random.default_rng(1), "python": random.Random(1)}
 
 
+def test_what_is_registered_after_a_restore_is_reported_as_restored(cache):
+    with TrainingSession(cache, **Job().objects(), sums=torch.ones(2)) as session:
+        for step in session.steps(2):
+            session.log(loss=1.0 / (step + 1))
+    sums = torch.zeros(2)
+    with TrainingSession(cache, **Job().objects()) as session:
+        assert session.report.unused == ("sums",)
+        session.register("sums", sums)
+        assert session.report.unused == ()
+        assert "sums" in session.report.restored
+    assert sums.tolist() == [1.0, 1.0]
+
+
 def test_what_is_registered_in_a_reseeded_session_is_reseeded_too(cache):
     def drawn(resume):
         made = generators()

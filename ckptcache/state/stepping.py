@@ -36,6 +36,11 @@ class StepCounter:
         """Steps taken so far."""
         return self._completed + (self._in_body and (self._has_stepped or not self._hooks))
 
+    @property
+    def begun(self) -> int:
+        """Steps taken before the present body: the iteration of the weights that its loss is computed with."""
+        return self._completed
+
     def begin(self) -> int:
         """A body begins; returns its number, from 0."""
         self._in_body, self._has_stepped = True, False
