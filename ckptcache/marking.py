@@ -1,7 +1,7 @@
 """Pins, names, tags and notes, rollbacks, and the records of sessions: what changes no file."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ckptcache import resume
@@ -103,6 +103,20 @@ class Marking(Looking):
         """
         self._finish_own()
         return rolling_back.undo(self.ledger, dry_run=dry_run)
+
+    def leave_behind(self, ids: Iterable[str], gone_back_to: str) -> None:
+        """Mark checkpoints as a rollback does, so that only who names them resumes from them; marked ones stay so.
+
+        Args:
+            gone_back_to: the checkpoint that training went on from, or the session that began where it did.
+        """
+        marked = set(ids)
+        if not marked:
+            return
+        with self._change() as change:
+            for record in list(change.index.checkpoints.values()):
+                if record.id in marked and record.rolled_back is None:
+                    change.put(record.changed(rolled_back=gone_back_to))
 
     def record_session(self, session: SessionRecord, configs: Mapping[str, Any] | None = None) -> SessionRecord:
         """Keep what is known of a session; a new one gets its place in the order. Returns it as it was kept.

@@ -161,18 +161,24 @@ class Recovery:
         if self._start is not None and VALUES not in objects:
             self._start |= _copied(capture(objects).state)
 
-    def restore(
-        self, cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any], *, session: str
-    ) -> Startup | None:
+    def leave(self, session: str) -> None:
+        """The stretch `session` has diverged: what is sound of it is settled."""
+        before = self._passed = 0 if self.found is None else self.found[1]
+        self._left[session] = (self._sound, before)
+        if self._began is not None and self._began.val_loss is None and self._sound < self._began.iteration:
+            self._unsound.add(self._began.id)  # it has diverged from there without one loss as usual
+
+    def is_spoilt(self, record: CheckpointMetadata) -> bool:
+        """Whether a checkpoint is of a stretch that has diverged, and no loss says that its weights are sound."""
+        left = self._left.get(record.session or "")
+        return left is not None and record.iteration > left[0] and not _is_finite(record.val_loss)
+
+    def restore(self, cache: TrainingCache, objects: Mapping[str, Any], needed: Mapping[str, Any]) -> Startup | None:
         """Restore this training's best checkpoint from before the divergence, or the start; None: there is neither.
 
         The weights of a checkpoint are known to be sound up to the last loss that was as usual. One from between that
         and the divergence counts if it was evaluated; otherwise it is the last resort.
         """
-        before = self._passed = 0 if self.found is None else self.found[1]
-        self._left[session] = (self._sound, before)
-        if self._began is not None and self._began.val_loss is None and self._sound < self._began.iteration:
-            self._unsound.add(self._began.id)  # it has diverged from there without one loss as usual
         index = cache.ledger.view().index
         line = {self._line, *lineage(index.checkpoints, index.sessions).ancestors(self._line)}
 
@@ -182,9 +188,7 @@ class Recovery:
             return record.id in line if left is None else record.iteration < left[1]
 
         def is_sound(record: CheckpointMetadata) -> bool:
-            left = self._left.get(record.session or "")
-            is_known = left is None or record.iteration <= left[0] or _is_finite(record.val_loss)
-            return is_own(record) and is_known and record.id not in self._unsound
+            return is_own(record) and not self.is_spoilt(record) and record.id not in self._unsound
 
         best = partial(cache.restore, objects, resume="best", **needed)
         restored = best(only=is_sound)

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ckptcache import trace
 from ckptcache.cache import TrainingCache
+from ckptcache.checkpointing import SURVIVABLE
 from ckptcache.config import in_scratch
 from ckptcache.deadline import Deadline
 from ckptcache.ending import Ending
@@ -411,14 +412,17 @@ class TrainingSession(Ending):
                 recovery.saved(last)
             return False
         reason, iteration = recovery.found
+        recovery.leave(self.id)
         factor = recovery.next_factor()
         startup = None if factor is None else self._go_back(recovery)
         if factor is None or startup is None:
             divergence = Divergence(reason, iteration, stops=True)
+            self._leave_spoilt(recovery, self.resumed_from)
             self.stop("diverged")
         else:
             divergence = Divergence(reason, iteration, startup.record, factor)
             self._branch(startup, factor)
+            self._leave_spoilt(recovery, startup.record)
         log.warning("%s", divergence)
         if not divergence.stops:
             announce(self._startup)
@@ -427,7 +431,15 @@ class TrainingSession(Ending):
 
     def _go_back(self, recovery: Recovery) -> Startup | None:
         self._stretch.saves.collect()
-        return recovery.restore(self.cache, self._registry.objects, self._needed(), session=self.id)
+        return recovery.restore(self.cache, self._registry.objects, self._needed())
+
+    def _leave_spoilt(self, recovery: Recovery, gone_back_to: CheckpointMetadata | None) -> None:
+        """Mark what was saved of the trouble as left behind, so that no later session resumes from it unasked."""
+        spoilt = [record.id for record in self.cache.checkpoints() if recovery.is_spoilt(record)]
+        try:
+            self.cache.leave_behind(spoilt, self.id if gone_back_to is None else gone_back_to.id)
+        except SURVIVABLE as error:
+            log.warning("the checkpoints that have diverged could not be marked: %s", error)
 
     def _branch(self, startup: Startup, learning_rate_factor: float) -> None:
         """Close this stretch as diverged, and begin another where `startup` is."""

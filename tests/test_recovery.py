@@ -163,13 +163,13 @@ def test_a_spike_goes_back_to_before_it_began(cache):
     job = Job()
     spikes = []
     with TrainingSession(cache, **job.objects(), divergence_guard=GUARD, checkpoint_interval=1) as session:
-        for step in session.steps(40):
+        for step in session.steps(60):
             loss = job.train_step(step)
             if step >= 30 and len(spikes) < GUARD.patience:
                 spikes.append(step)
                 loss = loss * 100
             session.log(loss=loss)
-    assert spikes == [30, 31, 32, 33, 34]
+    assert spikes == list(range(30, 30 + GUARD.patience))
     starts = [s.start_iteration for s in cache.sessions()]
     assert starts == [0, 29], "what was saved while it rose, and what it rose from, is passed over"
 
@@ -449,3 +449,32 @@ def test_a_guarded_training_that_does_not_diverge_is_the_same_as_an_unguarded_on
         trainer.train()
         ended.append(trainer.model.state_dict())
     assert not list(differences(*ended))
+
+
+# --- what it leaves behind -----------------------------------------------------------------------
+
+
+def spoilt_weights(cache, iterations, **options):
+    """A training whose weights are NaN from the 9th step on, and whose loss says so one step later."""
+    job = Job()
+    with TrainingSession(cache, **job.objects(), checkpoint_interval=1, **options) as session:
+        for step in session.steps(iterations):
+            loss = job.train_step(step)
+            session.log(loss=loss if job.model.out.weight.isfinite().all() else loss * math.nan)
+            if step == 8:
+                with torch.no_grad():
+                    job.model.out.weight.fill_(math.nan)
+    return session
+
+
+@pytest.mark.parametrize("resume", ["best", "latest", "auto"])
+def test_what_was_saved_of_the_trouble_is_kept_and_nobody_resumes_from_it_unasked(cache, resume):
+    session = spoilt_weights(cache, 30, divergence_guard=GUARD)
+    assert session.stop_reason == "diverged"
+    left = [r for r in cache.checkpoints() if r.rolled_back is not None]
+    assert {r.iteration for r in left} == {9}
+    assert all(cache.load(r.id)["model"]["out.weight"].isnan().any() for r in left)
+    job = Job()
+    with TrainingSession(cache, **job.objects(), resume=resume) as session:
+        assert session.start_iteration < 9
+        assert job.model.out.weight.isfinite().all()

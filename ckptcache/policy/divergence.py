@@ -12,8 +12,8 @@ _SPREAD_OF_NORMAL = 1.4826
 """Times the median absolute deviation gives the standard deviation of a normal distribution."""
 _LEAST_SPREAD = 0.05
 """Of the median: a loss that hardly moved is not thereby forbidden to move."""
-_LEAST_SHARE = 0.01
-"""Of the highest usual loss."""
+_LOST = 0.5
+"""Share of what was gained that must be lost again."""
 _ENOUGH = 10
 """Losses before which nothing is called unusual."""
 
@@ -25,9 +25,10 @@ class DivergenceGuard:
     A loss that is NaN or infinite is a divergence. A loss is unusual when it exceeds the median of the last
     `window` usual ones by more than `threshold` times their spread, which is 1.4826 times the median absolute
     deviation (Leys et al., "Detecting outliers: Do not use standard deviation around the mean, use absolute
-    deviation around the median", 2013), at least a twentieth of the median, and at least a hundredth of the highest
-    usual loss so far, since a loss close to 0 may double without harm; `patience` unusual ones in a row are a
-    divergence.
+    deviation around the median", 2013) and at least a twentieth of the median, and when half of what was gained since
+    the highest usual one is lost again: a loss close to 0 may double without harm. `patience` unusual ones in a row
+    are a divergence. What jumps by design (a target network that is exchanged, a term that is switched on) needs a
+    higher `threshold` or `patience`.
 
     The first time the training resumes from the best good checkpoint with the same settings and other batches, the
     second time with the learning rate multiplied by `learning_rate_factor` too, the third time it stops. Once it
@@ -39,7 +40,7 @@ class DivergenceGuard:
 
     window: int = 50
     threshold: float = 6.0
-    patience: int = 5
+    patience: int = 10
     learning_rate_factor: float = 0.1
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class LossWatch:
         known = [x for x in usual if math.isfinite(x)]
         self._guard = guard
         self._usual = deque(known, maxlen=guard.window)
-        self._highest = max(map(abs, known), default=0.0)
+        self._highest = max(known, default=-math.inf)
         self._endures_overflow = endures_overflow
         self._unusual: list[tuple[int, float]] = []
 
@@ -78,7 +79,7 @@ class LossWatch:
         limit = self.limit()
         if loss <= limit and math.isfinite(loss):
             self._usual.append(loss)
-            self._highest = max(self._highest, abs(loss))
+            self._highest = max(self._highest, loss)
             self._unusual.clear()
             return None
         self._unusual.append((iteration, loss))
@@ -101,8 +102,8 @@ class LossWatch:
             return math.inf
         middle = median(self._usual)
         deviation = median(abs(x - middle) for x in self._usual)
-        least = max(_LEAST_SPREAD * abs(middle), _LEAST_SHARE * self._highest)
-        return middle + self._guard.threshold * max(_SPREAD_OF_NORMAL * deviation, least)
+        spread = max(_SPREAD_OF_NORMAL * deviation, _LEAST_SPREAD * abs(middle))
+        return middle + max(self._guard.threshold * spread, _LOST * (self._highest - middle))
 
     @property
     def began_at(self) -> int | None:
