@@ -11,7 +11,7 @@ from ckptcache.policy.divergence import DivergenceGuard
 from ckptcache.session import TrainingSession
 from ckptcache.trainer import CachedTrainer
 from tests.jobs import Job, cache_at, differences
-from tests.test_trainer import loss_of, made
+from tests.test_trainer import Batches, loss_of, made
 
 GUARD = DivergenceGuard()
 
@@ -478,3 +478,52 @@ def test_what_was_saved_of_the_trouble_is_kept_and_nobody_resumes_from_it_unaske
     with TrainingSession(cache, **job.objects(), resume=resume) as session:
         assert session.start_iteration < 9
         assert job.model.out.weight.isfinite().all()
+
+
+def test_what_was_saved_of_the_trouble_is_marked_when_training_goes_on_as_well(cache):
+    job, spoilt = Job(), []
+    with TrainingSession(cache, **job.objects(), checkpoint_interval=1, divergence_guard=GUARD) as session:
+        for step in session.steps(14):
+            loss = job.train_step(step)
+            session.log(loss=loss if job.model.out.weight.isfinite().all() else loss * math.nan)
+            if step == 8 and not spoilt:
+                spoilt.append(session.id)
+                with torch.no_grad():
+                    job.model.out.weight.fill_(math.nan)
+    assert (session.stop_reason, session.recoveries) == ("finished", 1)
+    left = [(r.iteration, r.session, r.rolled_back) for r in cache.checkpoints() if r.rolled_back is not None]
+    assert left == [(9, spoilt[0], cache.sessions()[1].parent)]
+
+
+def test_a_checkpoint_from_which_training_diverges_at_once_is_not_tried_again(cache):
+    spoilt_weights(cache, 9)
+    assert cache.get("latest").iteration == 9, "without a guard, and without another step, nobody has noticed"
+    job = Job()
+    with TrainingSession(cache, **job.objects(), resume="latest", divergence_guard=GUARD) as session:
+        for step in session.steps(14):
+            loss = job.train_step(step)
+            session.log(loss=loss if job.model.out.weight.isfinite().all() else loss * math.nan)
+    assert (session.stop_reason, session.iteration, session.recoveries) == ("finished", 14, 1)
+    assert [s.start_iteration for s in cache.sessions()] == [0, 9, 8]
+
+
+class Ahead(Batches):
+    """Gives batches by an iterator that knows its own place, as a loader with workers does."""
+
+    def __iter__(self):
+        for place in range(self.position, 10_000):
+            self.position = place
+            yield super().__next__()
+
+
+def test_what_an_iterator_has_drawn_ahead_belongs_to_the_branch_that_was_left(tmp_path):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        return loss_of(model, batch) * (math.nan if len(calls) == 13 else 1)
+
+    trainer = made(tmp_path, max_iters=20, loss=loss, batches=Ahead())
+    trainer.train()
+    assert trainer.session.recoveries == 1
+    assert trainer.batches.position == 20, "10 before the checkpoint, and 10 after it"
