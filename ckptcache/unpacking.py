@@ -47,6 +47,7 @@ class Unpacked:
         kept_out: ids of those that stay away by a decision of the cache, with its reason.
         left_out: ids of those that the backup lacks, because they were damaged when it was made, with the reason.
         records, sessions, names: how many the index holds now.
+        rolled_back_to: the checkpoint that the next session goes on from, where a rollback is in force now.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Unpacked:
     records: int
     sessions: int
     names: int
+    rolled_back_to: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `ckptcache restore --json` prints it."""
@@ -69,6 +71,7 @@ class Unpacked:
             "records": self.records,
             "sessions": self.sessions,
             "names": self.names,
+            "rolled_back_to": self.rolled_back_to,
         }
 
 
@@ -265,6 +268,7 @@ def _published(ledger: Ledger, backup: Archive, theirs: Index, temps: Temps, com
         records=len(index.checkpoints),
         sessions=len(index.sessions),
         names=len(index.names),
+        rolled_back_to=None if ROLLBACK not in index.names else index.names[ROLLBACK].checkpoint,
     )
 
 

@@ -131,6 +131,8 @@ def _read_as(saved: Mapping[str, str], modules: Mapping[str, Any], key_map: KeyM
 
 def _named(cache: TrainingCache, objects: Mapping[str, Any], needed: Description, wish: Wish, wanted: str) -> Warmed:
     where = place(wanted)
+    if where.folder is None and ("/" in wanted or Path(wanted).is_dir()):
+        raise InvalidValue(name="warm_start", value=wanted, reason="it names a folder and no checkpoint: write DIR:ID")
     homes = [cache] if where.folder is None else _homes(cache, Path(where.folder))
     home = _first_that_has(homes, where.wanted)
     catalog = home.ledger.view()

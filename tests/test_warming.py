@@ -335,6 +335,12 @@ def test_a_key_map_that_reads_two_names_as_one_is_refused_or_passed_over(cache):
         assert any("'body.0.weight' and 'body.1.weight'" in m for m in session.messages)
 
 
+def test_a_folder_without_an_id_is_no_checkpoint(cache, tmp_path):
+    for wanted in (str(cache.cache_dir), "runs/cache"):
+        with pytest.raises(InvalidValue, match="it names a folder and no checkpoint: write DIR:ID"):
+            session_of(cache, Net(), warm_start=wanted).__enter__()
+
+
 # --- what is said without it ---------------------------------------------------------------------
 
 

@@ -82,6 +82,8 @@ def _restored(done: "Unpacked") -> Iterator[str]:
     yield output.clean(f"restored {words.count(len(done.added), 'checkpoint')} to {done.folder}{more}; now {held}")
     for id, reason in done.left_out.items():
         yield output.clean(f"the backup lacks {id}: {reason}")
+    if done.rolled_back_to is not None:
+        yield output.clean(f"a rollback is in force: the next session goes on from {done.rolled_back_to}")
 
 
 Progress = Callable[[int, int], None]

@@ -20,6 +20,7 @@ class WarmStartReport:
         unused: saved tensors that were neither taken nor resized, by the names that they were saved under.
         cast: those whose dtype changed; the saved dtype, and the dtype.
         idle: entries of `key_map` that no saved name is, or begins with.
+        astray: saved names that `key_map` reads as names that their module hasn't, with those.
     """
 
     taken: tuple[str, ...] = ()
@@ -28,6 +29,7 @@ class WarmStartReport:
     unused: tuple[str, ...] = ()
     cast: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    astray: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def counts(self) -> str:
@@ -51,7 +53,14 @@ class WarmStartReport:
             *(f"{count} of these were saved as {was}, and are {now} now" for (was, now), count in casts.items()),
             *([f"of what was saved, {len(self.unused)} went unused{_listed(unused)}"] if unused else []),
             *(f"key_map: no saved name is {name!r}, or begins with it" for name in self.idle),
+            *self._astray(),
         )
+
+    def _astray(self) -> Iterator[str]:
+        for old, new in list(self.astray.items())[:1]:
+            count = len(self.astray)
+            what = "a saved name is read as one" if count == 1 else f"{count} saved names are read as such"
+            yield f"key_map: {what} that the model hasn't: {old!r} as {new!r}"
 
 
 def grouped(names: Collection[str], universe: Collection[str]) -> list[str]:

@@ -60,7 +60,13 @@ def warm_start(
     targets, filled = {p: part.module for p, part in parts.items()}, {p: part.state() for p, part in parts.items()}
     apply(targets, filled, id=id, rng=False)
     every = [name for _, saved in pairs.values() for name in saved]
-    return dataclasses.replace(_report(parts, pairs, names), idle=idle(every, key_map))
+    astray = {
+        old: new
+        for path, renames in names.items()
+        for old, new in renames.items()
+        if old != new and new not in parts[path].needed
+    }
+    return dataclasses.replace(_report(parts, pairs, names), idle=idle(every, key_map), astray=astray)
 
 
 def modules_in(objects: Mapping[str, Any]) -> dict[str, nn.Module]:

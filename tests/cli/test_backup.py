@@ -37,6 +37,13 @@ def test_what_was_done_is_said_in_words(cli, tmp_path):
     assert "4 there already" in said
 
 
+def test_a_rollback_that_comes_along_is_said(cli, cache, tmp_path):
+    cli("rollback", cache.worst)
+    cli("backup", tmp_path / "all.tar")
+    said = ckptcache_cli("restore", tmp_path / "all.tar", "--cache-dir", tmp_path / "new").stdout
+    assert f"a rollback is in force: the next session goes on from {cache.worst}" in said
+
+
 def test_a_checkpoint_is_no_backup_and_has_a_command_of_its_own(cache, tmp_path):
     path = cache.folder / "checkpoints" / f"{cache.best}.pt"
     said = ckptcache_cli("restore", path, "--cache-dir", tmp_path / "new", rc=1).stderr

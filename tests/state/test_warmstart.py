@@ -132,6 +132,15 @@ def test_an_entry_of_the_key_map_that_means_nothing_is_told():
     assert report.idle == ("encodr.",)
 
 
+def test_a_key_map_that_leads_nowhere_is_told():
+    report = give(saved(model=Net()), {"encoder.": "backbone"}, model=Net(seed=1, body="backbone"))
+    assert report.astray["encoder.0.weight"] == "backbone0.weight"
+    [line] = [line for line in report.lines if line.startswith("key_map")]
+    assert "saved names are read as such that the model hasn't: 'encoder.0." in line
+    assert "as 'backbone0." in line
+    assert give(saved(model=Net()), {"encoder.": "backbone."}, model=Net(seed=1, body="backbone")).astray == {}
+
+
 def test_a_key_map_that_reads_two_names_as_one_is_refused_and_nothing_changes():
     net = Net(seed=1)
     before = copy.deepcopy(net.state_dict())
