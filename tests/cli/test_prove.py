@@ -76,9 +76,9 @@ def test_a_difference_ends_with_1_and_is_in_the_json(folder, monkeypatch):
     found = json.loads(done.stdout)
     assert found["verdict"] == "differs"
     assert found["resume"] == "auto"
-    assert found["difference"]["first"] == "StepLR (not registered).last_epoch"
+    assert found["difference"]["first"] == "AdamW (not registered).state.0.step"
     plain = ckptcache_cli("prove", "--at", "3", "--", folder, rc=1)
-    assert plain.stdout.startswith("differs: StepLR (not registered).last_epoch, at iteration ")
+    assert plain.stdout.startswith("differs: AdamW (not registered).state.0.step, at iteration ")
 
 
 def test_nothing_to_prove_ends_with_3():

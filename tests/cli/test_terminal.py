@@ -28,7 +28,7 @@ def test_nothing_is_wider_than_the_terminal(cache, columns, command):
     _, lines = shown(columns, "--cache-dir", cache.folder, *command.split())
     wide = [line for line in lines if len(line) > columns]
     # A path or an id that is longer than a small terminal is not broken.
-    assert wide == [line for line in wide if columns < 100 and (str(cache.folder) in line or "ckpt_" in line)]
+    assert wide == [line for line in wide if columns < 100 and ("runs/cache" in line or "ckpt_" in line)]
     assert len(lines) > 1
 
 
