@@ -1,6 +1,7 @@
 """A training that is killed and resumed is, bit for bit, the one that never stopped; and what is left out is named."""
 
 import os
+import re
 
 import pytest
 
@@ -23,7 +24,8 @@ def difference(*args, folder, **options):
     """What it says of a training that doesn't resume exactly."""
     with pytest.raises(AssertionError) as caught:
         prove(*args, folder=folder, **options)
-    return str(caught.value)
+    # Other tests of this process may have left such objects behind, which are counted.
+    return re.sub(r"-\d+(?= \(not registered\)| takes part)", "", str(caught.value))
 
 
 # --- the matrix ----------------------------------------------------------------------------------

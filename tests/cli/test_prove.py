@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,9 +77,11 @@ def test_a_difference_ends_with_1_and_is_in_the_json(folder, monkeypatch):
     found = json.loads(done.stdout)
     assert found["verdict"] == "differs"
     assert found["resume"] == "auto"
-    assert found["difference"]["first"] == "AdamW (not registered).state.0.step"
+    # Other tests of this process may have left optimizers behind, which are counted.
+    first = re.compile(r"AdamW(-\d+)? \(not registered\)\.state\.0\.step")
+    assert first.fullmatch(found["difference"]["first"])
     plain = ckptcache_cli("prove", "--at", "3", "--", folder, rc=1)
-    assert plain.stdout.startswith("differs: AdamW (not registered).state.0.step, at iteration ")
+    assert re.match(rf"differs: {first.pattern}, at iteration ", plain.stdout)
 
 
 def test_nothing_to_prove_ends_with_3():
