@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +28,6 @@ from ckptcache.storage.manifest import Manifest, Member, described, name_of
 from ckptcache.storage.reconcile import sidecar_bytes
 
 log = logging.getLogger("ckptcache")
-Progress = Callable[[int, int], None]
 """Called with the bytes read so far and in all."""
 _LOOKS = 20
 """At a cache that others evict from, where its lock can't be taken."""
@@ -67,7 +66,7 @@ class Backup:
         }
 
 
-def back_up(ledger: Ledger, path: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Backup:
+def back_up(ledger: Ledger, path: Path, *, overwrite: bool = False, progress: archive.Overall | None = None) -> Backup:
     """Write everything that counts in a cache to one file at `path`; a damaged checkpoint is left out, loudly.
 
     Nothing of the cache is changed, and nothing is at `path` before all of it is durable.
@@ -199,12 +198,12 @@ def _look(ledger: Ledger, held: ExitStack) -> tuple[_Taken, bool]:
     return taken, gone
 
 
-def _written(taken: _Taken, path: Path, writer: str, progress: Progress | None) -> Manifest:
+def _written(taken: _Taken, path: Path, writer: str, progress: archive.Overall | None) -> Manifest:
     """Write it. A checkpoint that turns out damaged is taken out, with all that are, and the file begun again."""
     while True:
         manifest, sources = _manifest(taken)
         _check_room(taken, path, manifest)
-        counted = _counted(progress, sum(m.size for m in manifest.members))
+        counted = archive.counted(progress, sum(m.size for m in manifest.members))
         try:
             with fs.replacing(path, writer=writer) as temp:
                 archive.write(temp, manifest, sources, counted)
@@ -212,19 +211,6 @@ def _written(taken: _Taken, path: Path, writer: str, progress: Progress | None) 
         except archive.Differs as found:
             taken.damaged[found.member.id] = found.reason
             _find_damaged(taken, manifest.members[manifest.members.index(found.member) + 1 :])
-
-
-def _counted(progress: Progress | None, total: int) -> archive.Progress | None:
-    if progress is None:
-        return None
-    tell, done = progress, 0
-
-    def counted(count: int) -> None:
-        nonlocal done
-        done += count
-        tell(done, total)
-
-    return counted
 
 
 def _manifest(taken: _Taken) -> tuple[Manifest, dict[str, BinaryIO]]:

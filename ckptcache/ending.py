@@ -4,7 +4,6 @@ import atexit
 import logging
 import os
 import signal
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -131,8 +130,7 @@ class Ending(Facts):
         self._trace.end(self.iteration, self._stop_reason)
         try:
             self._stretch.close(self._stop_reason)
-            with suppress(*SURVIVABLE):
-                self._write_summary()
+            self._write_summary()
         finally:
             self._stretch.release()
         self._events.emit("stopped", self._stop_reason)
@@ -175,9 +173,10 @@ class Ending(Facts):
         return summary_of(self.record, self.cache.cache_dir)
 
     def _write_summary(self) -> None:
-        fs.ensure_folder(self.summary_path.parent)
         data = orjson.dumps(self.summary(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         try:
+            fs.ensure_folder(self.summary_path.parent)
             fs.write_atomically(self.summary_path, data, writer=self.cache.ledger.writer)
-        except OSError as error:
-            log.warning("%s could not be written: %s", self.summary_path, fs.reason_of(error))
+        except (OSError, *SURVIVABLE) as error:
+            reason = fs.reason_of(error) if isinstance(error, OSError) else error
+            log.warning("%s could not be written: %s", self.summary_path, reason)

@@ -435,8 +435,8 @@ class TrainingSession(Ending):
 
     def _leave_spoilt(self, recovery: Recovery, gone_back_to: CheckpointMetadata | None) -> None:
         """Mark what was saved of the trouble as left behind, so that no later session resumes from it unasked."""
-        spoilt = [record.id for record in self.cache.checkpoints() if recovery.is_spoilt(record)]
         try:
+            spoilt = [record.id for record in self.cache.checkpoints() if recovery.is_spoilt(record)]
             self.cache.leave_behind(spoilt, self.id if gone_back_to is None else gone_back_to.id)
         except SURVIVABLE as error:
             log.warning("the checkpoints that have diverged could not be marked: %s", error)

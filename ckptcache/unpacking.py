@@ -5,7 +5,7 @@ names them is durable. After that they move to their final names, which whoever 
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from ckptcache.storage.reconcile import quarantine, sidecar_bytes
 from ckptcache.words import count
 
 log = logging.getLogger("ckptcache")
-Progress = Callable[[int, int], None]
 """Called with the bytes read so far and in all."""
 
 
@@ -75,7 +74,7 @@ class Unpacked:
         }
 
 
-def unpack(ledger: Ledger, path: Path, *, combine: bool = False, progress: Progress | None = None) -> Unpacked:
+def unpack(ledger: Ledger, path: Path, *, combine: bool = False, progress: archive.Overall | None = None) -> Unpacked:
     """Restore a backup into the folder of `ledger`: all of it, or nothing.
 
     Args:
@@ -90,7 +89,7 @@ def unpack(ledger: Ledger, path: Path, *, combine: bool = False, progress: Progr
         CacheDirNotWritable: the folder refuses.
     """
     with archive.opened(path) as backup:
-        counted = _counted(progress, sum(m.size for m in (*backup.manifest.members, *_files(backup))))
+        counted = archive.counted(progress, sum(m.size for m in (*backup.manifest.members, *_files(backup))))
         backup.verify(counted)
         theirs = _index_of(backup)
         ledger.refuse_links()
@@ -100,19 +99,6 @@ def unpack(ledger: Ledger, path: Path, *, combine: bool = False, progress: Progr
             for member in wanted:
                 _copy(ledger, backup, member, temps, counted)
             return _published(ledger, backup, theirs, temps, combine)
-
-
-def _counted(progress: Progress | None, total: int) -> archive.Progress | None:
-    if progress is None:
-        return None
-    tell, done = progress, 0
-
-    def counted(size: int) -> None:
-        nonlocal done
-        done += size
-        tell(done, total)
-
-    return counted
 
 
 # --- what may go in ------------------------------------------------------------------------------

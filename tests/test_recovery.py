@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ckptcache.errors import CacheDirNotWritable
+from ckptcache.cache import TrainingCache
+from ckptcache.errors import CacheDirNotWritable, IndexUnreadable
 from ckptcache.policy.divergence import DivergenceGuard
+from ckptcache.recovery import Recovery
 from ckptcache.session import TrainingSession
 from ckptcache.trainer import CachedTrainer
 from tests.jobs import Job, cache_at, differences
@@ -527,3 +529,18 @@ def test_what_an_iterator_has_drawn_ahead_belongs_to_the_branch_that_was_left(tm
     trainer.train()
     assert trainer.session.recoveries == 1
     assert trainer.batches.position == 20, "10 before the checkpoint, and 10 after it"
+
+
+def test_a_disk_that_refuses_the_marks_does_not_keep_it_from_stopping(cache, monkeypatch, caplog):
+    def refused(self, **options):
+        raise IndexUnreadable(path=cache.cache_dir, reason="input/output error")
+
+    job = Job()
+    with TrainingSession(cache, **job.objects(), divergence_guard=GUARD) as session:
+        monkeypatch.setattr(
+            Recovery, "next_factor", lambda self: monkeypatch.setattr(TrainingCache, "checkpoints", refused)
+        )
+        for step in session.steps(6):
+            session.log(loss=job.train_step(step) * (math.nan if step == 3 else 1))
+    assert session.stop_reason == "diverged"
+    assert "the checkpoints that have diverged could not be marked" in caplog.text

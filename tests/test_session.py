@@ -879,6 +879,14 @@ def test_the_summary_goes_where_it_is_asked_for(cache, tmp_path):
     assert not (cache.cache_dir / "training_summary.json").exists()
 
 
+def test_a_summary_that_cannot_be_written_is_said_and_costs_nothing_else(cache, tmp_path, caplog):
+    (tmp_path / "file").write_text("mine")
+    session = Job().run(cache, 2, summary_path=tmp_path / "file" / "summary.json")
+    assert "summary.json could not be written" in caplog.text
+    assert session.stop_reason == "finished"
+    assert cache.get("latest").iteration == 2
+
+
 def test_what_was_evicted_is_counted(tmp_path):
     cache = cache_at(tmp_path, max_checkpoints=2)
     session = Job().run(cache, 5, checkpoint_interval=1)

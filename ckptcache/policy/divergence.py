@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median
 
 from ckptcache.errors import InvalidValue
@@ -53,9 +53,6 @@ class DivergenceGuard:
         if not 0 < self.learning_rate_factor < 1:
             value = self.learning_rate_factor
             raise InvalidValue(name="learning_rate_factor", value=value, reason="it must be above 0 and below 1")
-
-
-FIELDS = tuple(field.name for field in fields(DivergenceGuard))
 
 
 class LossWatch:

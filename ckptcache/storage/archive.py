@@ -32,6 +32,8 @@ _ZIP = b"PK\x03\x04"
 
 Progress = Callable[[int], object]
 """Called with the bytes that were read since the last call."""
+Overall = Callable[[int, int], None]
+"""Called with the bytes read so far, and with those in all."""
 Sink = Callable[[memoryview], object]
 
 
@@ -44,6 +46,20 @@ class Differs(Exception):
 
 
 # --- tar -----------------------------------------------------------------------------------------
+
+
+def counted(overall: Overall | None, total: int) -> Progress | None:
+    """What adds up, for `overall`, the bytes that are handled of `total`."""
+    if overall is None:
+        return None
+    tell, done = overall, 0
+
+    def add(size: int) -> None:
+        nonlocal done
+        done += size
+        tell(done, total)
+
+    return add
 
 
 def header(name: str, size: int, made_at: int) -> bytes:
