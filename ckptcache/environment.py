@@ -1,6 +1,7 @@
-"""Where a checkpoint was made: versions, device, git commit."""
+"""Where a checkpoint was made (versions, device, git commit), and how many processors there are."""
 
 import functools
+import os
 import platform
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from typing import Any
 def environment() -> dict[str, Any]:
     """Python's and torch's version, the device, and the commit of the git checkout that the program runs in."""
     return dict(_fixed())
+
+
+def processors() -> int:
+    """How many processors this process may use at once."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 @functools.cache

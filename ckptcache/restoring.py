@@ -97,7 +97,7 @@ def _lament(ledger: Ledger, choice: Choice) -> list[str]:
 
 def _restore(ledger: Ledger, record: CheckpointMetadata, objects: Mapping[str, Any], rng: bool) -> Restored:
     content = read(ledger, record)
-    report = apply(objects, content.state, id=record.id, rng=rng)
+    report = apply(objects, content.state, id=record.id, rng=rng, uses_up=True)
     rest = {key: from_plain(content.state[key]) for key in report.unused}
     return Restored(record, report, rest)
 

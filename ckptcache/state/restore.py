@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ckptcache.errors import CkptCacheError, InvalidValue, NotRestorable
-from ckptcache.state.capture import NDARRAY, describe
+from ckptcache.state.capture import NDARRAY, describe, tensors_in
+from ckptcache.state.exchange import Exchange, exchange_of
 from ckptcache.state.names import canonical_names
 from ckptcache.state.rng import capture_rng, generator_access, restore_rng
 
@@ -47,11 +48,17 @@ def from_plain(value: Any) -> Any:
     return value
 
 
-def apply(targets: Mapping[str, Any], state: Mapping[str, Any], *, id: str, rng: bool = True) -> RestoreReport:
+def apply(
+    targets: Mapping[str, Any], state: Mapping[str, Any], *, id: str, rng: bool = True, uses_up: bool = False
+) -> RestoreReport:
     """Restore each of `targets` from the part of `state` with its name; `id` is for messages.
 
     Tensors, arrays, mappings and lists are filled in place. With `rng`, the global generators are
     restored from the part "rng", last.
+
+    Args:
+        uses_up: whether nobody needs the parts of `state` any more that are restored; what they hold afterwards is
+            then anything.
 
     Raises:
         NotRestorable: a part doesn't fit its object; every object is as it was before.
@@ -60,7 +67,8 @@ def apply(targets: Mapping[str, Any], state: Mapping[str, Any], *, id: str, rng:
     undo: list[Callable[[], None]] = []
     try:
         for key, target in pairs:
-            _guarded(key, id, partial(_restore_kept, target, state[key], key, undo))
+            exchange = _exchange(target, key, state) if uses_up else None
+            _guarded(key, id, partial(_restore_kept, target, state[key], key, undo, exchange))
         if rng and RNG in state:
             generators = capture_rng()
             undo.append(lambda: restore_rng(generators))
@@ -80,7 +88,25 @@ def _order(target: Any) -> int:
     return 2 if isinstance(target, nn.Module) else 1 if isinstance(target, torch.optim.Optimizer) else 0
 
 
-def _restore_kept(target: Any, saved: Any, key: str, undo: list[Callable[[], None]]) -> None:
+def _exchange(target: Any, key: str, state: Mapping[str, Any]) -> Exchange | None:
+    """What restores a module without a copy of what it held; None where it takes one."""
+    if not isinstance(target, nn.Module) or not isinstance(state[key], Mapping):
+        return None
+    others = {tensor.untyped_storage()._cdata for part in state if part != key for tensor in _stored(state[part])}
+    if any(tensor.untyped_storage()._cdata in others for tensor in _stored(state[key])):
+        return None  # another part would get what the module held
+    return exchange_of(target, _under_own_names(target, state[key]))
+
+
+def _stored(tree: Any) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors_in(tree) if tensor.layout is torch.strided]
+
+
+def _restore_kept(target: Any, saved: Any, key: str, undo: list[Callable[[], None]], exchange: Exchange | None) -> None:
+    if exchange is not None:
+        undo.append(exchange.undo)
+        exchange.run()
+        return
     undo.append(_kept(target))
     _restore_one(target, saved, key)
 
@@ -203,9 +229,14 @@ def _guarded(key: str, id: str, restore: Callable[[], Any]) -> None:
 # --- modules -------------------------------------------------------------------------------------
 
 
-def _load_module(module: nn.Module, saved: Mapping[str, Any]) -> None:
+def _under_own_names(module: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What was saved, under the names that the module has for it: it may be wrapped now, or not be any more."""
     actual = {canonical: name for name, canonical in canonical_names(module.state_dict()).items()}
-    state = {actual.get(name, name): from_plain(saved[key]) for key, name in canonical_names(saved).items()}
+    return {actual.get(name, name): from_plain(saved[key]) for key, name in canonical_names(saved).items()}
+
+
+def _load_module(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    state = _under_own_names(module, saved)
     for name, tensor in module.state_dict().items():
         found = state.get(name)
         if isinstance(tensor, torch.Tensor) and isinstance(found, torch.Tensor) and found.dtype != tensor.dtype:
@@ -277,7 +308,7 @@ def _kept(target: Any) -> Callable[[], None]:
         before = copy.deepcopy(access[0]())
         return lambda: access[1](before)
     if isinstance(target, torch.optim.Optimizer):
-        optimizer_state = copy.deepcopy(target.state_dict())
+        optimizer_state = _kept_optimizer(target)
         return lambda: _load_optimizer(target, optimizer_state)
     if callable(getattr(target, "load_state_dict", None)) and callable(getattr(target, "state_dict", None)):
         state = copy.deepcopy(target.state_dict())
@@ -291,6 +322,15 @@ def _kept(target: Any) -> Callable[[], None]:
     if isinstance(target, dict):
         return _kept_mapping(target)
     return _kept_sequence(target) if isinstance(target, list | tuple) else lambda: None
+
+
+def _kept_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    hooks = (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks)
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict or any(hooks):
+        return copy.deepcopy(state)
+    # torch's own puts other tensors in their places, and leaves these as they are.
+    return {**copy.deepcopy({**state, "state": {}}), "state": {key: dict(held) for key, held in state["state"].items()}}
 
 
 def _kept_mapping(target: dict[Any, Any]) -> Callable[[], None]:

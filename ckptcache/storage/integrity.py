@@ -3,6 +3,7 @@
 import errno
 import io
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ from typing import BinaryIO, cast
 
 from blake3 import blake3
 
+from ckptcache.environment import processors
 from ckptcache.errors import CheckpointDamaged, NotACheckpoint
 from ckptcache.storage import fs
 from ckptcache.storage.behind import IN_HAND, behind
 
-_BLOCK = 1 << 20
+_BLOCK = 4 << 20
+_PARALLEL = 64 << 20
+"""Bytes from which on more than one thread digests them: to start it takes as long as to digest a few of them."""
+_MAX_THREADS = 4
+"""By then reading takes longer than digesting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +65,27 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def measure(file: BinaryIO) -> Written:
     """Size and digest of what is left to read of an open file."""
-    hasher, size = blake3(), 0
+    hasher, size = digester(os.fstat(file.fileno()).st_size), 0
     with behind(hasher.update) as digest:
         for block in _blocks(cast(io.BufferedReader, file)):
             digest(block)
             size += len(block)
     return Written(size, f"blake3:{hasher.hexdigest()}")
+
+
+def digester(length: int) -> blake3:
+    """What digests about `length` bytes, in threads of its own where there are processors for them.
+
+    Never in those that all of blake3 shares (`AUTO`): a forked child hasn't got them, and would wait for them for ever.
+    """
+    threads = min(_MAX_THREADS, processors()) if length >= _PARALLEL else 1
+    try:
+        return blake3(max_threads=threads)
+    except BaseException as error:
+        # The system gives no more threads. What Rust panics with is no Exception, and can't be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        return blake3()
 
 
 def _blocks(file: io.BufferedReader) -> Iterator[memoryview]:

@@ -18,10 +18,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from zipfile import ZipInfo
 
 import torch
-from blake3 import blake3
 
 from ckptcache.storage.behind import behind
-from ckptcache.storage.integrity import Written
+from ckptcache.storage.integrity import Written, digester
 from ckptcache.storage.ptplan import bytes_of
 
 _BLOCK = 4 << 20
@@ -136,8 +135,7 @@ def read(file: BinaryIO, places: Iterable[Place], size: int) -> tuple[Image, Wri
 
     Takes memory for the file and no more; the digest is taken in a thread while the next block is read.
     """
-    # One thread: those of blake3's own are gone in a forked child, which would wait for them for ever.
-    image, hasher = Image(places, size), blake3()
+    image, hasher = Image(places, size), digester(size)
     file.seek(0)
     with behind(hasher.update) if size > _BLOCK else nullcontext(hasher.update) as digest:
         for block in image.blocks():
