@@ -20,8 +20,9 @@ from ckptcache.state.rng import generator_access
 
 NDARRAY = "__ndarray__"
 """Marks a tensor that was a NumPy array, so that it comes back as one."""
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
-_KEYS = (str, int, float, bool, type(None))
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
+_KEYS = frozenset((str, int, float, bool, type(None)))
+_TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _MAX_INT_BITS = 255 * 8
 """torch's restricted unpickler knows no longer ones."""
 _REMEDY = "save its values as tensors, numbers, text, lists or mappings, or give it a state_dict()"
@@ -104,12 +105,8 @@ def _plain_container(value: Any, key: str) -> Any:
 
 
 def _plain_tensor(value: torch.Tensor, key: str) -> torch.Tensor:
-    if type(value).__name__ == "DTensor":
-        raise NotSavable(
-            key=key, kind="a DTensor, one shard of a distributed state", remedy="gather it first, e.g. full_tensor()"
-        )
-    if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer):
-        raise NotSavable(key=key, kind=f"a tensor of class {type(value).__name__}", remedy="save a plain torch.Tensor")
+    if type(value) not in _TENSORS:
+        raise _foreign_tensor(value, key)
     if value.is_nested:
         raise NotSavable(key=key, kind="a nested tensor", remedy="save its parts as a list: unbind()")
     if value.is_meta:
@@ -117,6 +114,14 @@ def _plain_tensor(value: torch.Tensor, key: str) -> torch.Tensor:
             key=key, kind="a tensor on the meta device, which has no values", remedy="materialise it first"
         )
     return value.detach()
+
+
+def _foreign_tensor(value: torch.Tensor, key: str) -> NotSavable:
+    name = type(value).__name__
+    if name == "DTensor":
+        kind, remedy = "a DTensor, one shard of a distributed state", "gather it first, e.g. full_tensor()"
+        return NotSavable(key=key, kind=kind, remedy=remedy)
+    return NotSavable(key=key, kind=f"a tensor of class {name}", remedy="save a plain torch.Tensor")
 
 
 def _plain_array(value: np.ndarray[Any, Any], key: str) -> torch.Tensor:
@@ -158,13 +163,25 @@ def fingerprint(objects: Mapping[str, Any], state: Mapping[str, Any] | None = No
 
 
 def _model_tensors(objects: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
-    modules = {name: value for name, value in walk(objects) if isinstance(value, nn.Module)}
+    modules = list(_states_of_modules(objects, plain))
     if modules:
-        return {f"{name}.{k}": v for name, module in modules.items() for k, v in module_state(module, name).items()}
+        return {f"{name}.{k}": v for name, state in modules for k, v in state.items()}
     model = plain.get("model")
     if isinstance(model, Mapping) and all(isinstance(name, str) for name in model):
         return {f"model.{canonical}": model[name] for name, canonical in canonical_names(model).items()}
     return dict(walk(plain))
+
+
+def _states_of_modules(tree: Any, plain: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The path of every module in a tree, as `walk` names it, and what was captured of it."""
+    if isinstance(tree, nn.Module):
+        yield path, plain
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _states_of_modules(value, plain[key], f"{path}.{key}" if path else str(key))
+    elif type(tree) in (list, tuple):
+        for position, value in enumerate(tree):
+            yield from _states_of_modules(value, plain[position], f"{path}.{position}")
 
 
 def _optimizer_like(value: Any) -> dict[str, Any] | None:

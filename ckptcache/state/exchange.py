@@ -29,6 +29,7 @@ _ASIDE = 0
 _MAX_THREADS = 4
 """More would only wait for the memory."""
 _LOOK_SECONDS = 0.0005
+_TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _BY_TORCH = frozenset(vars(kind)["_load_from_state_dict"] for kind in (nn.Module, _NormBase, _InstanceNorm))
 """How torch's own modules load: where every name is there, a copy of each tensor and nothing else."""
 _METHODS = ("state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
@@ -69,7 +70,7 @@ def _may_change_places(ours: Any, saved: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer) or value.layout is not torch.strided:
+    if type(value) not in _TENSORS or value.layout is not torch.strided:
         return False
     is_as_stored = not (value.is_conj() or value.is_neg() or value.is_quantized or value.is_inference())
     return is_as_stored and value.device.type == "cpu"

@@ -32,6 +32,8 @@ AT_ONCE = 16 << 20
 _SMALL = 1 / 8
 """Of that, what a whole state may take to be copied at the call: for less, planning the file would take longer."""
 _LOOK_SECONDS = 0.05
+_NO_STORAGE = 0
+"""The key of a tensor that has none, such as a sparse one."""
 _ATTEMPTS = 3
 R = TypeVar("R")
 
@@ -55,15 +57,15 @@ class Staging:
     """
 
     def __init__(self, state: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
-        tensors = [tensor for tensor in tensors_in(state) if _is_dense(tensor)]
-        storages = storages_of(tensors)
+        tensors = [(tensor, _key(tensor)) for tensor in tensors_in(state) if _is_dense(tensor)]
+        storages = {key: tensor.untyped_storage() for tensor, key in tensors}
         at_once = _to_copy_at_once(storages, objects)
         self.must_settle_at_once = _total(at_once.values()) > AT_ONCE
         """Whether too much of it is anybody's to change: then the copy has to be complete when the call returns."""
         copies = {} if self.must_settle_at_once else {key: _clone(storage) for key, storage in at_once.items()}
         self.state = _moved(state, copies)
         """The same tree; what was copied at once shares nothing with the live objects any more."""
-        self._live = [(tensor, _version(tensor)) for tensor in tensors if _key(tensor) not in copies]
+        self._live = [(tensor, _version(tensor)) for tensor, key in tensors if key not in copies]
         self._streams = side_streams(storages.values())
         self.caller = threading.current_thread()
         """The thread that saves, and is taken to be the one that changes the tensors."""
@@ -244,8 +246,8 @@ def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
     kept = [t for optimizer in optimizers for state in optimizer.state.values() for t in tensors_in(state)]
     ids = {id(parameter) for parameter in trained}
     beside = [p for module in modules for p in _parameters_beside(module, ids)]
-    buffers = {_key(buffer) for module in modules for buffer in module.buffers() if _is_dense(buffer)}
-    return {_key(t) for t in (*trained, *kept, *beside) if _is_dense(t) and not t.is_inference()} - buffers
+    buffers = {_key(buffer) for module in modules for buffer in module.buffers()}
+    return {_key(t) for t in (*trained, *kept, *beside) if not t.is_inference()} - buffers - {_NO_STORAGE}
 
 
 def _to_copy_at_once(
@@ -271,8 +273,8 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _key(tensor: torch.Tensor) -> int:
-    """What tells a storage from every other, however many tensors share it; 0 for a tensor that has none."""
-    return tensor.untyped_storage()._cdata if _is_dense(tensor) else 0
+    """What tells a storage from every other, however many tensors share it."""
+    return int(tensor.untyped_storage()._cdata) if _is_dense(tensor) else _NO_STORAGE
 
 
 def storages_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
