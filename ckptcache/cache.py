@@ -59,8 +59,8 @@ class TrainingCache(Marking, Caring):
         """Save a checkpoint. When this returns (with `blocking`), it is synced, and survives kill -9.
 
         Args:
-            state: named parts: objects with `state_dict`, generators, tensors, arrays, plain values, and trees. A tensor
-                that is a part of another is saved with all of that one's memory, as by `torch.save`: clone it first.
+            state: named parts: objects with `state_dict`, generators, tensors, arrays, plain values, and trees. What is
+                a part of another tensor is saved with all of that one's memory, as by `torch.save`: clone it first.
             iteration: optimizer steps taken so far.
             val_loss: loss on the validation data now; None when not evaluated, NaN when diverged.
             metrics: further measurements by name; `CacheConfig.quality_metrics` says which are scored.

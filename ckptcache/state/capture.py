@@ -138,8 +138,8 @@ def versions_in(state: Any) -> OrderedDict[str, dict[str, Any]]:
     carried = getattr(state, "_metadata", None)
     return OrderedDict(
         (name, {"version": each["version"]})
-        for name, each in (carried.items() if isinstance(carried, Mapping) else ())
-        if type(name) is str and isinstance(each, Mapping) and type(each.get("version")) in (int, float, str)
+        for name, each in (carried.items() if isinstance(carried, dict) else ())
+        if type(name) is str and type(each) is dict and type(each.get("version")) in (int, float, str)
     )
 
 
@@ -172,12 +172,20 @@ def _plain_array(value: np.ndarray[Any, Any], key: str) -> torch.Tensor:
 def module_state(module: nn.Module, key: str) -> OrderedDict[str, Any]:
     """A module's `state_dict` under canonical names: the same whether it is compiled, wrapped or plain."""
     saved = module.state_dict()
-    canonical = canonical_names(saved)
-    plain = OrderedDict((canonical[name], to_plain(value, f"{key}.{name}")) for name, value in saved.items())
+    plain = _canonical(saved, key)
     if versions := versions_in(saved):
         # Those of what wraps a module come before the module's own, which replace them.
         plain._metadata = OrderedDict((canonical_prefix(name), each) for name, each in versions.items())  # type: ignore[attr-defined]
     return plain
+
+
+def _tensors_of(module: nn.Module, key: str) -> OrderedDict[str, Any]:
+    return _canonical(module.state_dict(), key)
+
+
+def _canonical(saved: Mapping[str, Any], key: str) -> OrderedDict[str, Any]:
+    canonical = canonical_names(saved)
+    return OrderedDict((canonical[name], to_plain(value, f"{key}.{name}")) for name, value in saved.items())
 
 
 # --- what the model is ---------------------------------------------------------------------------
@@ -204,7 +212,7 @@ def fingerprint(objects: Mapping[str, Any], state: Mapping[str, Any] | None = No
 def _model_tensors(objects: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
     modules = {name: value for name, value in walk_objects(objects) if isinstance(value, nn.Module)}
     if modules:
-        return {f"{name}.{k}": v for name, module in modules.items() for k, v in module_state(module, name).items()}
+        return {f"{name}.{k}": v for name, module in modules.items() for k, v in _tensors_of(module, name).items()}
     model = plain.get("model")
     if isinstance(model, Mapping) and all(isinstance(name, str) for name in model):
         return {f"model.{canonical}": model[name] for name, canonical in canonical_names(model).items()}

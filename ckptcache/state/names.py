@@ -23,6 +23,8 @@ def canonical_name(name: str) -> str:
 
 def canonical_prefix(name: str) -> str:
     """The canonical name of a module: what the names of its parameters begin with."""
+    if "_" not in name and not name.startswith("module"):
+        return name  # as most are, of modules in their hundreds
     return canonical_name(f"{name}.-").removesuffix("-").removesuffix(".")
 
 
