@@ -116,7 +116,9 @@ class InFlight:
 def _without_locals(error: BaseException) -> BaseException:
     """The error with its traceback, and without the state and the memory that the frames in it hold."""
     each: BaseException | None = error
-    while each is not None:
+    seen: set[int] = set()
+    while each is not None and id(each) not in seen:  # a chain may come back to itself
+        seen.add(id(each))
         traceback.clear_frames(each.__traceback__)
         each = each.__cause__ or each.__context__
     return error

@@ -59,7 +59,8 @@ class TrainingCache(Marking, Caring):
         """Save a checkpoint. When this returns (with `blocking`), it is synced, and survives kill -9.
 
         Args:
-            state: named parts: objects with `state_dict`, generators, tensors, arrays, plain values, and trees.
+            state: named parts: objects with `state_dict`, generators, tensors, arrays, plain values, and trees. What is
+                a part of another tensor is saved with all of that one's memory, as by `torch.save`: clone it first.
             iteration: optimizer steps taken so far.
             val_loss: loss on the validation data now; None when not evaluated, NaN when diverged.
             metrics: further measurements by name; `CacheConfig.quality_metrics` says which are scored.
@@ -72,7 +73,8 @@ class TrainingCache(Marking, Caring):
             blocking: False returns at once and writes in the background, one save at a time: an error is raised by
                 the next call. What a forward pass may change is copied before it returns, what an optimizer in
                 `state` steps before the next step of any optimizer begins. Call it from the thread that trains,
-                between steps, and `staged` before parameters are changed in another way.
+                between steps, and `staged` before parameters are changed in another way, or their memory is moved
+                (`share_memory_`, sending them to another process, resizing a storage): that ends the process.
 
         Returns:
             The record; None if `if_improved` and it was not.

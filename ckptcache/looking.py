@@ -94,7 +94,8 @@ class Looking:
     def staged(self) -> None:
         """Wait until parameters and optimizer state may be changed outside of an optimizer's step.
 
-        A save in the background may still be copying them; its file is written afterwards all the same.
+        A save in the background may still be copying them; its file is written afterwards all the same. The same goes
+        for moving their memory: by `share_memory_`, by sending them to another process, by resizing a storage.
         """
         if self._saver is not None:
             self._saver.in_flight.settle()

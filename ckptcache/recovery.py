@@ -16,7 +16,7 @@ from ckptcache.policy.branches import lineage
 from ckptcache.policy.divergence import DivergenceGuard, LossWatch
 from ckptcache.registry import VALUES
 from ckptcache.startup import Startup
-from ckptcache.state.capture import capture, walk
+from ckptcache.state.capture import capture, rebuilt, walk
 from ckptcache.state.restore import RNG, apply
 from ckptcache.state.rng import capture_rng
 from ckptcache.values import as_float
@@ -239,7 +239,7 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return type(value)((key, _copied(item)) for key, item in value.items())
+        return rebuilt(value, {key: _copied(item) for key, item in value.items()})
     if type(value) in (list, tuple):
         return type(value)(_copied(item) for item in value)
     return value

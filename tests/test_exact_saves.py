@@ -26,7 +26,7 @@ KINDS = {
 
 
 class Net(nn.Module):
-    """Parameters tied and frozen, buffers that a forward pass changes, dropout."""
+    """Parameters tied and frozen, buffers that a forward pass changes, one of them in a parameter's memory; dropout."""
 
     def __init__(self):
         super().__init__()
@@ -37,9 +37,13 @@ class Net(nn.Module):
         self.head = nn.Linear(32, 12, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("calls", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("window", torch.arange(9.0)[4:7])
+        self.register_buffer("shifted", self.norm.bias.detach()[3:5])
 
     def forward(self, tokens):
         self.calls += 1
+        self.window.mul_(1.5)
+        self.shifted.add_(0.125)
         return self.head(self.drop(self.norm(self.frozen(self.embed(tokens)))))
 
 
@@ -185,6 +189,7 @@ def test_a_change_that_nobody_announced_is_in_the_file_whole_or_not_at_all(tmp_p
         ((id, before),) = play.saved.items()
         # What was copied at the call stays as it was then; parameters and moments belong together.
         after = {**play.state(), "model": {**before["model"], **dict(play.net.named_parameters())}}
+        after["model"]["norm.bias"] = before["model"]["norm.bias"]
         after["model"]["head.weight"] = after["model"]["embed.weight"]
         after = frozen(after)
         play.train()

@@ -134,6 +134,58 @@ def test_tied_weights_stay_tied_and_are_written_once(cache):
     assert found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()
 
 
+class Transposed(nn.Module):
+    """What a library does that has changed how it stores a weight, as torch's own and torchvision's modules have."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version", 1) < 2:
+            state_dict[prefix + "weight"] = state_dict[prefix + "weight"].t()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("how", [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+@pytest.mark.parametrize("size", [1, 3 << 20], ids=["copied at once", "staged"])
+def test_modules_are_told_by_which_version_of_them_they_were_saved(cache, how, size):
+    model, other = (nn.Sequential(Transposed(), nn.Linear(1, size)) for _ in range(2))
+    objects = {"model": how(model), "optimizer": torch.optim.SGD(model.parameters())}
+    record = cache.save(objects, iteration=1, val_loss=1.0, blocking=False)
+    cache.restore({"model": other})
+    assert torch.equal(other[0].weight, model[0].weight)
+    other[0].weight.data.zero_()
+    other.load_state_dict(cache.load(record.id)["model"])
+    assert torch.equal(other[0].weight, model[0].weight)
+    cache.save({"model": model.state_dict()}, iteration=2, val_loss=0.5)
+    other[0].weight.data.zero_()
+    cache.restore({"model": other})
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_a_state_dict_that_older_code_saved_is_still_converted(cache, tmp_path):
+    model, other = Transposed(), Transposed()
+    saved = model.state_dict()
+    saved._metadata[""]["version"] = 1
+    torch.save(saved, tmp_path / "old.pt")
+    cache.import_(tmp_path / "old.pt", iteration=1, val_loss=1.0)
+    cache.restore({"model": other})
+    assert torch.equal(other.weight, model.weight.t())
+
+
+def test_a_schedule_with_milestones_comes_back(cache):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    first, second = (torch.optim.lr_scheduler.MultiStepLR(optimizer, m) for m in ([2, 4, 4], [7]))
+    for blocking in (True, False):
+        cache.save({"scheduler": first}, iteration=1, val_loss=1.0, blocking=blocking)
+        cache.restore({"scheduler": second})
+        assert second.state_dict() == first.state_dict()
+        assert type(second.milestones) is type(first.milestones)
+
+
 def test_a_wrapped_model_is_saved_as_the_model_inside(cache):
     plain = nn.Linear(3, 2)
     cache.save({"model": nn.DataParallel(plain)}, iteration=1, val_loss=1.0)
@@ -168,6 +220,27 @@ def test_the_learning_rates_of_the_optimizer_are_recorded(cache):
 def test_a_part_named_like_the_header_is_refused(cache):
     with pytest.raises(NotSavable, match="ckptcache"):
         cache.save({"ckptcache": 1}, iteration=1)
+
+
+def holding_itself():
+    tree = {"a": []}
+    tree["a"].append(tree)
+    return tree
+
+
+@pytest.mark.parametrize("value", [np.longdouble(1), np.clongdouble(1), holding_itself()])
+def test_what_has_no_end_or_no_plain_form_is_refused_by_its_part(cache, value):
+    with pytest.raises(NotSavable, match="'part"):
+        cache.save({"part": {"x": value}}, iteration=1)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_what_torch_refuses_to_save_fails_the_save_and_does_not_hang(cache, blocking):
+    weight = torch.ones(600_000, dtype=torch.complex64)
+    with pytest.raises(SaveFailed, match="view the same data as different types"):
+        cache.save({"a": weight, "b": torch.view_as_real(weight)}, iteration=1, blocking=blocking)
+        cache.wait_until_finished()
+    assert cache.doctor() == []
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -68,7 +68,7 @@ class Arena:
                 try:
                     timer.start()
                 except RuntimeError:  # no more threads: the interpreter is ending, or the system's limit is reached
-                    self._memory = None
+                    self._drop()
                 else:
                     self._timer = timer
 
@@ -76,6 +76,11 @@ class Arena:
         """Give the memory back to the system now; whoever still holds a view of it keeps it until then."""
         with self._lock:
             self._stop_timer()
+            self._drop()
+
+    def __del__(self) -> None:
+        # Pages that are locked for a device stay so, for good, when their addresses go.
+        if self._process == os.getpid() and not sys.is_finalizing():
             self._drop()
 
     def _drop(self) -> None:

@@ -4,8 +4,8 @@ What `torch.load(weights_only=True)` could not read back is refused here, by its
 is written: a checkpoint that can be saved and never be read is worse than none.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import nn
 
 from ckptcache.errors import NotSavable
 from ckptcache.metadata import Fingerprint
-from ckptcache.state.names import canonical_names
+from ckptcache.state.names import canonical_names, canonical_prefix
 from ckptcache.state.rng import generator_access
 
 NDARRAY = "__ndarray__"
 """Marks a tensor that was a NumPy array, so that it comes back as one."""
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
+_PLAIN_ALWAYS = frozenset((float, str, bool))
 _KEYS = frozenset((str, int, float, bool, type(None)))
 _TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _MAX_INT_BITS = 255 * 8
@@ -51,8 +52,16 @@ def capture(objects: Mapping[str, Any]) -> Captured:
     """
     if not isinstance(objects, Mapping) or not all(isinstance(key, str) for key in objects):
         raise NotSavable(key="state", kind=f"a {type(objects).__name__}", remedy='pass a mapping: {"model": model}')
-    state = {key: to_plain(value, key) for key, value in objects.items()}
+    state = {key: _part(value, key) for key, value in objects.items()}
     return Captured(state, fingerprint(objects, state), learning_rates(objects))
+
+
+def _part(value: Any, key: str) -> Any:
+    try:
+        return to_plain(value, key)
+    except RecursionError as error:
+        kind = "a value that holds itself, or is nested too deeply"
+        raise NotSavable(key=key, kind=kind, remedy=_REMEDY) from error
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -67,7 +76,7 @@ def to_plain(value: Any, key: str) -> Any:
     if isinstance(value, np.ndarray):
         return {NDARRAY: _plain_array(value, key)}
     if isinstance(value, np.generic):
-        return to_plain(value.item(), key)
+        return _plain_scalar(value, key)
     if isinstance(value, nn.Module):
         return module_state(value, key)
     if (access := generator_access(value)) is not None:
@@ -85,12 +94,19 @@ def _plain_value(value: Any, key: str) -> Any:
     return value
 
 
+def _plain_scalar(value: np.generic, key: str) -> Any:
+    plain = value.item()
+    if isinstance(plain, np.generic):  # Python has no number as long as numpy.longdouble
+        raise NotSavable(key=key, kind=f"a NumPy {value.dtype}", remedy="save it as numpy.float64, or as text")
+    return to_plain(plain, key)
+
+
 def _is_plain_key(name: Any) -> bool:
     return type(name) in _KEYS or (type(name) is tuple and all(_is_plain_key(part) for part in name))
 
 
 def _plain_container(value: Any, key: str) -> Any:
-    if type(value) in (dict, OrderedDict):
+    if type(value) in (dict, OrderedDict, Counter):
         for name in value:
             if not _is_plain_key(name):
                 raise NotSavable(key=key, kind=f"a mapping with the key {name!r}", remedy=_REMEDY)
@@ -98,10 +114,34 @@ def _plain_container(value: Any, key: str) -> Any:
             raise NotSavable(
                 key=key, kind=f"a mapping with {NDARRAY!r} alone", remedy="that key marks arrays: rename it"
             )
-        return type(value)((name, to_plain(item, f"{key}.{name}")) for name, item in value.items())
+        return rebuilt(value, {name: to_plain(item, f"{key}.{name}") for name, item in value.items()})
     if type(value) in (list, tuple, set):
-        return type(value)(to_plain(item, f"{key}[{position}]") for position, item in enumerate(value))
+        return type(value)(
+            item if type(item) in _PLAIN_ALWAYS else to_plain(item, f"{key}[{position}]")
+            for position, item in enumerate(value)
+        )
     raise NotSavable(key=key, kind=f"a {type(value).__module__}.{type(value).__qualname__}", remedy=_REMEDY)
+
+
+def rebuilt(mapping: Any, items: Mapping[Any, Any]) -> Any:
+    """A mapping of the same kind with other `items`, and the versions of modules that a `state_dict` carries along.
+
+    By those `nn.Module.load_state_dict` tells whether a module was saved by older code, and has to be converted.
+    """
+    made = type(mapping)(items)
+    if versions := versions_in(mapping):
+        made._metadata = versions
+    return made
+
+
+def versions_in(state: Any) -> OrderedDict[str, dict[str, Any]]:
+    """The version of each module in a `state_dict`, by the module's name; empty where it has none."""
+    carried = getattr(state, "_metadata", None)
+    return OrderedDict(
+        (name, {"version": each["version"]})
+        for name, each in (carried.items() if isinstance(carried, dict) else ())
+        if type(name) is str and type(each) is dict and type(each.get("version")) in (int, float, str)
+    )
 
 
 def _plain_tensor(value: torch.Tensor, key: str) -> torch.Tensor:
@@ -138,7 +178,11 @@ def module_state(module: nn.Module, key: str) -> OrderedDict[str, Any]:
     """A module's `state_dict` under canonical names: the same whether it is compiled, wrapped or plain."""
     saved = module.state_dict()
     canonical = canonical_names(saved)
-    return OrderedDict((canonical[name], to_plain(value, f"{key}.{name}")) for name, value in saved.items())
+    plain = OrderedDict((canonical[name], to_plain(value, f"{key}.{name}")) for name, value in saved.items())
+    if versions := versions_in(saved):
+        # Those of what wraps a module come before the module's own, which replace them.
+        plain._metadata = OrderedDict((canonical_prefix(name), each) for name, each in versions.items())  # type: ignore[attr-defined]
+    return plain
 
 
 # --- what the model is ---------------------------------------------------------------------------
@@ -152,7 +196,7 @@ def fingerprint(objects: Mapping[str, Any], state: Mapping[str, Any] | None = No
     """
     plain = state if state is not None else {key: to_plain(value, key) for key, value in objects.items()}
     tensors = _model_tensors(objects, plain)
-    optimizers = {name: value for name, value in walk(objects) if isinstance(value, torch.optim.Optimizer)}
+    optimizers = {name: value for name, value in walk_objects(objects) if isinstance(value, torch.optim.Optimizer)}
     return Fingerprint(
         parameters={name: describe(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)},
         optimizers={
@@ -169,19 +213,16 @@ def _model_tensors(objects: Mapping[str, Any], plain: Mapping[str, Any]) -> dict
     model = plain.get("model")
     if isinstance(model, Mapping) and all(isinstance(name, str) for name in model):
         return {f"model.{canonical}": model[name] for name, canonical in canonical_names(model).items()}
-    return dict(walk(plain))
+    return dict(walk_objects(plain))
 
 
 def _states_of_modules(tree: Any, plain: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The path of every module in a tree, as `walk` names it, and what was captured of it."""
+    """The path of every module in a tree, as `walk_objects` names it, and what was captured of it."""
     if isinstance(tree, nn.Module):
         yield path, plain
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _states_of_modules(value, plain[key], f"{path}.{key}" if path else str(key))
-    elif type(tree) in (list, tuple):
-        for position, value in enumerate(tree):
-            yield from _states_of_modules(value, plain[position], f"{path}.{position}")
+    for name, value in _items(tree):
+        if type(value) not in _PLAIN:
+            yield from _states_of_modules(value, plain[name], f"{path}.{name}" if path else str(name))
 
 
 def _optimizer_like(value: Any) -> dict[str, Any] | None:
@@ -203,7 +244,7 @@ def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def learning_rates(objects: Mapping[str, Any]) -> tuple[float, ...]:
     """The learning rate of each parameter group of the first optimizer in the tree; of groups that have one."""
-    for _, value in walk(objects):
+    for _, value in walk_objects(objects):
         if isinstance(value, torch.optim.Optimizer):
             return tuple(float(group["lr"]) for group in value.param_groups if "lr" in group)
     return ()
@@ -237,3 +278,19 @@ def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(value, f"{path}.{position}")
     else:
         yield path, tree
+
+
+def walk_objects(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves that `walk` gives, but for plain values: of those there may be a million, each with a path to make."""
+    if not isinstance(tree, Mapping) and type(tree) not in (list, tuple):
+        yield path, tree
+    for name, value in _items(tree):
+        if type(value) not in _PLAIN:
+            yield from walk_objects(value, f"{path}.{name}" if path else str(name))
+
+
+def _items(tree: Any) -> Iterable[tuple[Any, Any]]:
+    """What a mapping, list or tuple holds, by key or position; nothing of anything else."""
+    if isinstance(tree, Mapping):
+        return tree.items()
+    return enumerate(tree) if type(tree) in (list, tuple) else ()

@@ -21,6 +21,13 @@ def canonical_name(name: str) -> str:
     return ".".join([*inner, last])
 
 
+def canonical_prefix(name: str) -> str:
+    """The canonical name of a module: what the names of its parameters begin with."""
+    if "_" not in name and not name.startswith("module"):
+        return name  # as most are, of modules in their hundreds
+    return canonical_name(f"{name}.-").removesuffix("-").removesuffix(".")
+
+
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """Each of `names` to its canonical name, or to itself where two of them would become one.
 

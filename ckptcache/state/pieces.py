@@ -135,10 +135,15 @@ def side_streams(storages: Iterable[torch.UntypedStorage]) -> list["torch.cuda.S
 
 @contextmanager
 def beside(streams: list["torch.cuda.Stream"]) -> Iterator[None]:
-    """Do what is done inside on the side streams, and wait for it at the end."""
-    with ExitStack() as stack:
+    """Do what is done inside on the side streams, and wait for it at the end, however that comes.
+
+    After an error too: the memory that is copied from and to would otherwise go to others while a device still uses it.
+    """
+    try:
+        with ExitStack() as stack:
+            for stream in streams:
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+    finally:
         for stream in streams:
-            stack.enter_context(torch.cuda.stream(stream))
-        yield
-    for stream in streams:
-        stream.synchronize()
+            stream.synchronize()

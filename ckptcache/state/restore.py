@@ -6,6 +6,7 @@ number generators at the very end; any failure puts everything back.
 
 import copy
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,9 @@ import torch
 from torch import nn
 
 from ckptcache.errors import CkptCacheError, InvalidValue, NotRestorable
-from ckptcache.state.capture import NDARRAY, describe, tensors_in
+from ckptcache.state.capture import NDARRAY, describe, rebuilt, tensors_in, versions_in
 from ckptcache.state.exchange import Exchange, exchange_of
-from ckptcache.state.names import canonical_names
+from ckptcache.state.names import canonical_names, canonical_prefix
 from ckptcache.state.rng import capture_rng, generator_access, restore_rng
 
 log = logging.getLogger("ckptcache")
@@ -42,7 +43,7 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         if set(value) == {NDARRAY} and isinstance(value[NDARRAY], torch.Tensor):
             return value[NDARRAY].numpy()
-        return type(value)((key, from_plain(item)) for key, item in value.items())  # type: ignore[call-arg]
+        return rebuilt(value, {key: from_plain(item) for key, item in value.items()})
     if type(value) in (list, tuple):
         return type(value)(from_plain(item) for item in value)
     return value
@@ -242,7 +243,17 @@ def _load_module(module: nn.Module, saved: Mapping[str, Any]) -> None:
         if isinstance(tensor, torch.Tensor) and isinstance(found, torch.Tensor) and found.dtype != tensor.dtype:
             # torch would cast without a word.
             raise ValueError(f"{name} was saved as {describe(found)}, and the model has {describe(tensor)}")
-    module.load_state_dict(state, strict=True)
+    module.load_state_dict(_with_versions(state, module, saved), strict=True)
+
+
+def _with_versions(state: dict[str, Any], module: nn.Module, saved: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """With the versions of what was saved, by which modules tell whether older code has saved them."""
+    versions = {canonical_prefix(name): version for name, version in versions_in(saved).items()}
+    dated, names = OrderedDict(state), [name for name, _ in module.named_modules(remove_duplicate=False)]
+    found = OrderedDict((n, versions[canonical_prefix(n)]) for n in names if canonical_prefix(n) in versions)
+    if found:
+        dated._metadata = found  # type: ignore[attr-defined]
+    return dated
 
 
 # --- optimizers ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable takes a sec
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ckptcache.state.capture import tensors_in, walk
+from ckptcache.state.capture import rebuilt, tensors_in, walk_objects
 from ckptcache.state.pieces import Placed, Work, beside, pieces, side_streams
 
 log = logging.getLogger("ckptcache")
@@ -239,7 +239,7 @@ def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
     Those are what the optimizers among `objects` step, their own tensors, and the frozen parameters of a module that
     one of them trains; nothing that is a module's buffer, which a forward pass may write.
     """
-    found = [value for _, value in walk(objects)]
+    found = [value for _, value in walk_objects(objects)]
     optimizers = [value for value in found if isinstance(value, Optimizer)]
     modules = [value for value in found if isinstance(value, nn.Module)]
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -305,7 +305,7 @@ def _moved(tree: Any, copies: Mapping[int, torch.UntypedStorage]) -> Any:
     if isinstance(tree, torch.Tensor):
         return _on_copy(tree, copies)
     if isinstance(tree, dict):
-        return type(tree)((name, _moved(value, copies)) for name, value in tree.items())
+        return rebuilt(tree, {name: _moved(value, copies) for name, value in tree.items()})
     if type(tree) in (list, tuple):
         return type(tree)(_moved(value, copies) for value in tree)
     return tree

@@ -378,8 +378,10 @@ def reason_behind(error: BaseException) -> str:
     torch turns an OSError of the file that it writes to into a RuntimeError of its own.
     """
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:  # a chain may come back to itself
         if isinstance(cause, OSError):
             return reason_of(cause)
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     return str(error).split("\n")[0]

@@ -116,8 +116,10 @@ def _stream(file: fs.TempFile, payload: dict[str, Any]) -> Written:
     try:
         torch.save(payload, cast(IO[bytes], target))
     except RuntimeError as error:
+        if target.error is None:
+            raise
         # Closing its archive after a failed write, torch fails once more and hides the cause.
-        raise target.error or error from error
+        raise target.error from error
     return Written(target.size, target.digest)
 
 

@@ -101,6 +101,40 @@ def test_where_no_thread_can_be_started_the_memory_goes_at_once(monkeypatch):
     assert own.size == 0
 
 
+class Cudart:
+    """Stands in for CUDA's own library, and keeps what is locked."""
+
+    def __init__(self):
+        self.locked = set()
+
+    def cudaHostRegister(self, address, size, flags):
+        self.locked.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.locked.remove(address)
+        return 0
+
+
+@pytest.mark.parametrize("how", ["released", "forgotten", "replaced", "no thread"])
+def test_pages_that_were_locked_for_a_device_are_unlocked_before_they_go(monkeypatch, how):
+    library, own = Cudart(), Arena()
+    monkeypatch.setattr(arena.torch.cuda, "cudart", lambda: library)
+    own.take(MB, pinned=True)
+    (first,) = library.locked
+    if how == "no thread":
+        monkeypatch.setattr(arena.threading.Timer, "start", lambda timer: (_ for _ in ()).throw(RuntimeError))
+        own.give_back()
+    elif how == "replaced":
+        own.take(5 * MB)
+    elif how == "released":
+        own.release()
+    else:
+        del own
+        gc.collect()
+    assert first not in library.locked
+
+
 def test_a_forked_child_shares_nothing_of_it():
     own = Arena()
     view = own.take(MB)

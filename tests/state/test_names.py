@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptcache.state.names import canonical_name, canonical_names
+from ckptcache.state.names import canonical_name, canonical_names, canonical_prefix
 
 # --- canonical names -----------------------------------------------------------------------------
 
@@ -47,3 +47,9 @@ def test_two_names_never_become_one(given_names):
 @given(names)
 def test_a_canonical_name_stays_as_it_is(name):
     assert canonical_name(canonical_name(name)) == canonical_name(name)
+
+
+@given(st.lists(st.sampled_from(["module", "modules", "_orig_mod", "a_b", "h", "0"]), max_size=5).map(".".join))
+def test_the_prefix_of_a_module_is_what_its_parameters_begin_with(name: str) -> None:
+    prefix = canonical_prefix(name)
+    assert canonical_name(f"{name}.w" if name else "w") == (f"{prefix}.w" if prefix else "w")

@@ -3,6 +3,7 @@
 import threading
 import time
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -261,6 +262,23 @@ def test_a_forked_child_waits_for_nobody():
     assert run_child(tiny.step) == 0
     assert not found.is_settled
     found.end()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_streams_beside_the_training_are_waited_for_even_after_an_error(monkeypatch, fails):
+    """The memory that is being copied may be anybody's afterwards."""
+    waited = []
+
+    class Stream:
+        def synchronize(self):
+            waited.append(self)
+
+    monkeypatch.setattr(pieces.torch.cuda, "stream", lambda stream: nullcontext())
+    streams = [Stream(), Stream()]
+    with pytest.raises(RuntimeError) if fails else nullcontext(), pieces.beside(streams):
+        if fails:
+            raise RuntimeError
+    assert waited == streams
 
 
 # --- changes that nobody announced ---------------------------------------------------------------
