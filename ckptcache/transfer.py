@@ -3,6 +3,7 @@
 import math
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ def export(
         temp.publish()
         fs.sync_folder(path.parent)
     except BaseException as error:
-        temp.discard()
+        with suppress(OSError):  # a disk that refuses this too is heard of by what it refused first
+            temp.discard()
         if isinstance(error, OSError | RuntimeError):
             raise ExportFailed(id=record.id, path=path, reason=fs.reason_behind(error)) from error
         raise

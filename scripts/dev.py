@@ -58,7 +58,7 @@ commands:
   bench [ARG...]   run the benchmarks: scripts/bench ARG...
 
 Each command first does what `setup` does, which takes no time when nothing has changed. `bench` and `test --all`
-also install what is measured beside the project, the first time that it is wanted.
+also install what is measured beside the project, the first time that it is wanted, and `test --all` an earlier torch.
 
 environment:
   CKPTCACHE_PYTHON   an interpreter to use as it is, instead of .venv; nothing is installed there
@@ -482,7 +482,22 @@ def test(rest: list[str], verbose: bool) -> int:
             raise Problem("the tests were not run, because lint failed (see above).")
         # More examples for the property tests, where there is time for them.
         python = Interpreter(python.path, {"CKPTCACHE_HYPOTHESIS": "ci", **python.environment})
+        _have_earlier_torch(python, verbose)
     become(python, pytest_arguments([a for a in rest if a != "--all"], everything, _cores()), ROOT)
+
+
+def _have_earlier_torch(python: Interpreter, verbose: bool) -> None:
+    """Install what some tests read our files with; where it can't be had, they say so themselves."""
+    script = ROOT / "scripts" / "earlier_torch.py"
+    if os.environ.get("CKPTCACHE_PYTHON") or not script.exists():
+        return
+    command = [python.path, str(script)]
+    if subprocess.run([*command, "--check"], check=False).returncode:
+        say("installing an earlier torch beside the project (the first time takes a minute)")
+        try:
+            run_quietly(command, "an earlier torch could not be installed (see above): check the network.", verbose)
+        except Problem as problem:
+            say(str(problem))
 
 
 def pytest_arguments(rest: list[str], everything: bool, cores: int) -> list[str]:

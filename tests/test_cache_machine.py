@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,21 +62,25 @@ class Known:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    @initialize()
-    def start(self) -> None:
+    @initialize(at=st.integers(0, 9), torn=st.booleans())
+    def start(self, at: int, torn: bool) -> None:
+        """The first save of all is killed, so that there is no sequence without a crash; most have more."""
         self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=_quick_folder()))
         self.known: dict[str, Known] = {}
         self.names: dict[str, str] = {}
         self.pinned: set[str] = set()
         self.tags: dict[str, tuple[str, ...]] = {}
         self.counter = 0
+        self.was_killed = False
         self.reopen()
+        self.save_and_be_killed(at, 1.0, True, torn)
+        assert self.was_killed
 
-    sequences = 0
+    crashing = kills = 0
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
-            CacheMachine.sequences += 1
+            CacheMachine.crashing += self.was_killed
             self.cache.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -212,26 +217,40 @@ class CacheMachine(RuleBasedStateMachine):
         path = self.folder / "c" / "metadata.json"
         if self.known.keys() - self.ids_that_a_rebuild_can_know():
             return
-        path.unlink() if how == "delete" else path.write_text("{broken")
+        path.unlink()  # where a commit was cut short, the generation before is the same file
+        if how == "break":
+            path.write_text("{broken")
         if self.known:
             assert {f.kind for f in self.cache.doctor(verify=False)} & {"index", "adopted"}
         self.cache.doctor(repair=True, verify=False)
         self.those_damaged_were_quarantined()
         self.learn_what_was_decided()
 
-    @rule(at=st.integers(0, 60), loss=LOSSES, torn=st.booleans())
-    def save_and_be_killed(self, at: int, loss: float | None, torn: bool) -> None:
+    @rule(at=st.integers(0, 30), loss=LOSSES, blocking=st.booleans(), torn=st.booleans())
+    def save_and_be_killed(self, at: int, loss: float | None, blocking: bool, torn: bool) -> None:
         self.counter += 1
+        state = tiny(float(self.counter), SIZES[0])
+        self.be_killed(lambda: save(self.cache, loss, self.counter, state=state, blocking=blocking), at, torn)
+
+    @rule(at=st.integers(0, 12), number=st.integers(0, 99), torn=st.booleans())
+    def mark_and_be_killed(self, at: int, number: int, torn: bool) -> None:
+        if id := self.pick(number):
+            self.be_killed(lambda: (self.cache.pin(id), self.cache.name(id, "b"), self.cache.tag(id, "z")), at, torn)
+
+    def be_killed(self, act: Callable[[], object], at: int, torn: bool) -> None:
+        """In another process, at one of its operations, if it makes so many; then it is tidied up."""
         self.cache.close()
 
         def child() -> None:
-
             self.reopen()
             fs.system = KillingSystem(at, torn=torn)
-            save(self.cache, loss, self.counter, state=tiny(float(self.counter), SIZES[0]))
+            act()
             self.cache.close()
 
-        assert run_child(child) in (0, -signal.SIGKILL)
+        status = run_child(child)
+        assert status in (0, -signal.SIGKILL)
+        CacheMachine.kills += status == -signal.SIGKILL
+        self.was_killed |= status == -signal.SIGKILL
         before = {id for id, known in self.known.items() if known.state == "available"}
         self.cache.doctor(repair=True, verify=False)
         self.those_damaged_were_quarantined()
@@ -334,9 +353,11 @@ class TestCacheMachine(CacheMachine.TestCase):
 
     @pytest.fixture(autouse=True)
     def _count(self, counted):
-        CacheMachine.sequences = 0
+        CacheMachine.crashing = CacheMachine.kills = 0
         yield
-        counted("state machine", "sequences", CacheMachine.sequences)
+        assert CacheMachine.crashing >= self.settings.max_examples
+        counted("state machine", "sequences with crashes", CacheMachine.crashing)
+        counted("state machine", "processes killed in them", CacheMachine.kills)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -426,6 +426,36 @@ def test_it_is_installed_again_when_what_is_wanted_has_changed(measured):
     assert "those of bench" in run(measured, "bench", "all").stderr
 
 
+EARLIER = """\
+import pathlib, sys
+there = pathlib.Path("there")
+if "--check" in sys.argv:
+    sys.exit(not there.exists())
+if "{outcome}" == "fails":
+    sys.exit("no such release")
+there.touch()
+"""
+
+
+@pytest.mark.parametrize("outcome", ["succeeds", "fails"])
+def test_an_earlier_torch_is_installed_once_and_its_want_stops_no_other_test(monkeypatch, tmp_path, capfd, outcome):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "earlier_torch.py").write_text(EARLIER.format(outcome=outcome))
+    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    python = dev.Interpreter(sys.executable, os.environ)
+    monkeypatch.setenv("CKPTCACHE_PYTHON", sys.executable)
+    dev._have_earlier_torch(python, False)
+    assert capfd.readouterr().err == ""
+    monkeypatch.delenv("CKPTCACHE_PYTHON")
+    dev._have_earlier_torch(python, False)
+    said = capfd.readouterr().err
+    assert "installing an earlier torch" in said
+    assert ("no such release" in said) == ("could not be installed" in said) == (outcome == "fails")
+    dev._have_earlier_torch(python, False)
+    assert (capfd.readouterr().err == "") == (outcome == "succeeds")
+
+
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["nope"], 2), (["setup", "now"], 2), (["lint", "x"], 2)])
 def test_wrong_usage_ends_with_2(project, arguments, code):
     assert run(project, *arguments).returncode == code

@@ -20,6 +20,8 @@ from tests.faults import CountingSystem, swapped
 
 LIMIT = 3
 DISCARDED = "sess_discarded"
+FOREIGN = 0.5
+"""What a file holds that came without a record."""
 
 Act = Callable[[TrainingCache], Any]
 
@@ -58,8 +60,27 @@ def save_in_the_background(cache: TrainingCache) -> None:
 
 def import_one(cache: TrainingCache) -> None:
     path = cache.cache_dir.parent / "foreign.pt"
-    torch.save({"w": torch.full((4,), 0.5), "step": 1}, path)
-    cache.import_(path, val_loss=0.5)
+    torch.save({"w": torch.full((4,), FOREIGN), "step": 1}, path)
+    cache.import_(path, val_loss=FOREIGN)
+
+
+def lose_records(cache: TrainingCache) -> None:
+    """One checkpoint is known; another has neither a sidecar nor a place in the index, and a third is foreign."""
+    save(cache, 3.0, iteration=3)
+    index = cache.cache_dir / "metadata.json"
+    known = index.read_bytes()
+    file_of(cache, save(cache, 2.0, iteration=2)).with_suffix(".json").unlink()
+    for path in (index, index.with_name("metadata.json.prev")):
+        path.write_bytes(known)
+    torch.save({"w": torch.full((4,), FOREIGN), "step": 1}, file_of(cache, "given"))
+
+
+def adopt(cache: TrainingCache) -> None:
+    cache.restore(tiny())
+
+
+def export(cache: TrainingCache) -> None:
+    cache.export("best", cache.cache_dir.parent / "out.pt", optimizer=True, overwrite=True)
 
 
 def change_marks(cache: TrainingCache) -> None:
@@ -150,6 +171,26 @@ def check_backup(stage: "Stage") -> None:
     file.unlink()
 
 
+def check_export(stage: "Stage") -> None:
+    """Nothing under the final name, or all of it; the next one goes through."""
+    file = stage.folder.parent / "out.pt"
+    for _ in range(2):
+        assert not file.exists() or torch.load(file, weights_only=True)["w"].tolist() == [1.0] * 4
+        with opened(stage.folder) as cache:
+            export(cache)
+    for path in file.parent.glob("out.pt*"):  # what one that was killed leaves beside it, which is nobody's to remove
+        path.unlink()
+
+
+def check_adopted(stage: "Stage") -> None:
+    """The next restore takes up what this one did not come to; nothing is taken for damaged."""
+    with opened(stage.folder) as cache:
+        adopt(cache)
+        assert sorted(r.val_loss or 0.0 for r in cache.checkpoints()) == [0.0, 2.0, 3.0]
+        assert cache.get("given").pinned
+        cache.doctor(repair=True)  # what was taken up gets its sidecar
+
+
 def check_restored(stage: "Stage") -> None:
     """All of it counts, or nothing does; the next attempt goes through."""
     with TrainingCache(stage.folder.parent / "source") as source:
@@ -180,6 +221,8 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
     "pins, names and tags": (fill, change_marks),
     "pruning": (fill, prune_to_one),
     "an import": (fill, import_one),
+    "an adoption": (lose_records, adopt),
+    "an export": (fill, export),
     "a save over a broken index": (break_index, new_best),
     "a save that is taken back": (fill, save_that_is_taken_back),
     "a session that is discarded": (fill_in_a_session, lambda cache: cache.forget_session(DISCARDED)),
@@ -192,13 +235,15 @@ SCENARIOS: dict[str, tuple[Act, Act]] = {
 }
 # What must hold besides, before anything else is done.
 CHECKS: dict[str, Callable[["Stage"], None]] = {
+    "an adoption": check_adopted,
+    "an export": check_export,
     "a backup": check_backup,
     "a backup restored": check_restored,
     "a backup merged": check_restored,
 }
 # What pins and names, or has to do with the generation before.
 CHANGING_MARKS = (
-    *("pins, names and tags", "pruning", "a save over a broken index", "a repair"),
+    *("pins, names and tags", "pruning", "an adoption", "a save over a broken index", "a repair"),
     *("a backup restored", "a backup merged"),
 )
 
@@ -240,7 +285,8 @@ class Stage:
             assert id in there or records[id].decision == "evicted", f"{id} was lost"
         assert len(there) >= min(1, len(self.acknowledged) - len(self.spoilt)), "none is left"
         for id in there - self.spoilt:
-            assert cache.load(id)["w"].tolist() == [records[id].val_loss] * 4
+            loss = records[id].val_loss
+            assert cache.load(id)["w"].tolist() == [FOREIGN if loss is None else loss] * 4
         self.check_rollback(cache, records)
         if self.keeps_marks:
             assert {name: id for name, id in cache.names().items() if name != ROLLBACK} == self.names

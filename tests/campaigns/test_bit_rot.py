@@ -78,7 +78,7 @@ def test_every_flipped_bit_is_found_and_the_next_best_is_taken(quick_path, count
     counted(CAMPAIGN, "flipped bits found by a cache", found)
 
 
-@pytest.mark.parametrize("every", [500, pytest.param(7, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("every", [500, pytest.param(1, marks=pytest.mark.campaign)])
 @pytest.mark.timeout(600)
 def test_every_truncation_and_zeroed_page_is_found_and_the_next_best_is_taken(quick_path, counted, every):
     rotting = Rotting(quick_path)
@@ -99,6 +99,20 @@ def test_every_length_of_a_file_of_64_kilobytes_is_found(quick_path, counted):
         with pytest.raises(CheckpointDamaged):
             ptfile.read(path, size=record.size, digest=record.digest)
     counted(CAMPAIGN, "lengths of one file", record.size)
+
+
+def test_every_zeroed_page_of_a_file_of_64_kilobytes_is_found(quick_path, counted):
+    with TrainingCache(quick_path / "c") as cache:
+        record = save(cache, 1.0, state={"w": torch.rand(16_000)})
+    path = file_of(cache, record)
+    whole = path.read_bytes()
+    damages = [damage for start in range(0, len(whole), 512) if (damage := zeroed(whole, start))]
+    assert len(damages) > 120
+    for damage in damages:
+        damage(path)
+        with pytest.raises(CheckpointDamaged):
+            ptfile.read(path, size=record.size, digest=record.digest)
+    counted(CAMPAIGN, "zeroed pages of one file", len(damages))
 
 
 def test_bit_rot_shows_a_digest_that_is_not_compared(quick_path, counted):

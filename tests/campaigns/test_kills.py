@@ -17,7 +17,8 @@ EVERY = [pytest.param(n, marks=[] if n in SHORT else [pytest.mark.campaign]) for
 
 def killed_everywhere(stage: Stage, *, torn: bool, variant: variants.Variant = nullcontext) -> int:
     """Kill and check at every operation, or halfway through every write; returns how many there were."""
-    points = [at for at, name in enumerate(stage.operations()) if not torn or name == "write"]
+    with variant():
+        points = [at for at, name in enumerate(stage.operations()) if not torn or name == "write"]
     for at in points:
         stage.lay_out()
 
@@ -29,7 +30,9 @@ def killed_everywhere(stage: Stage, *, torn: bool, variant: variants.Variant = n
                 stage.act(cache)
 
         with variant():
-            assert run_child(child) == -signal.SIGKILL
+            status = run_child(child)
+            if status != -signal.SIGKILL:  # no AssertionError, which of a broken variant would count as found out
+                raise ChildProcessError(f"it ended with {status} and was not killed at operation {at}")
             stage.check()
     return len(points)
 
@@ -39,7 +42,7 @@ def killed_everywhere(stage: Stage, *, torn: bool, variant: variants.Variant = n
 @pytest.mark.timeout(600)
 def test_nothing_acknowledged_is_lost_by_a_kill_at_any_operation(quick_path, counted, scenario, torn):
     killed = killed_everywhere(Stage(quick_path, scenario), torn=torn)
-    assert killed > 10 or torn
+    assert killed > 5 or torn
     counted(CAMPAIGN, "halves of writes" if torn else "operations", killed)
 
 

@@ -73,7 +73,7 @@ class Lost:
         return count
 
 
-@pytest.mark.parametrize("every", [400, pytest.param(11, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("every", [400, pytest.param(1, marks=pytest.mark.campaign)])
 @pytest.mark.timeout(600)
 def test_a_truncated_or_missing_index_is_rebuilt_whole(quick_path, counted, every):
     lost = Lost(quick_path)

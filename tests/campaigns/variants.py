@@ -258,3 +258,19 @@ def insisting_on_a_copy() -> Iterator[None]:
     """Memory is taken, whether it is there or not."""
     with patch.object(Arena, "take", lambda _, size: memoryview(bytearray(size))):
         yield
+
+
+@contextmanager
+def rebuilding_by_what_is_new() -> Iterator[None]:
+    """A file calls for a function of torch's that earlier releases don't have."""
+    known = torch._utils._rebuild_tensor_v2
+
+    def _rebuild_tensor_anew(*arguments: Any) -> Any:
+        return known(*arguments)
+
+    _rebuild_tensor_anew.__module__, _rebuild_tensor_anew.__qualname__ = "torch._utils", "_rebuild_tensor_anew"
+    with (
+        patch.object(torch._utils, "_rebuild_tensor_anew", _rebuild_tensor_anew, create=True),
+        patch.object(torch._utils, "_rebuild_tensor_v2", _rebuild_tensor_anew),
+    ):
+        yield
