@@ -18,7 +18,6 @@ from blake3 import blake3
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidName, InvalidValue, NotACheckpoint
 from ckptcache.metadata import (
-    MAX_COUNT,
     ROLLBACK,
     SCHEMA_VERSION,
     CheckpointMetadata,
@@ -29,7 +28,7 @@ from ckptcache.metadata import (
     is_valid_id,
 )
 from ckptcache.storage import fs, locks
-from ckptcache.values import check_depth, content_hash, encode_float, jsonable
+from ckptcache.values import MAX_COUNT, check_depth, content_hash, encode_float, jsonable
 
 log = logging.getLogger("ckptcache")
 INDEX_NAME = "metadata.json"

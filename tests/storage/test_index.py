@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidValue
-from ckptcache.metadata import MAX_COUNT, CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
+from ckptcache.metadata import CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
 from ckptcache.storage.index import Index, IndexFile, Pieces, merge, parse, read_index_bytes, serialise, upgrade_flat
-from ckptcache.values import MAX_JSON_DEPTH
+from ckptcache.values import MAX_COUNT, MAX_JSON_DEPTH
 from tests.strategies import edits, indexes, mutations
 
 PATH = Path("metadata.json")
