@@ -10,12 +10,17 @@ import operator
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any, TypeVar
 
 from ckptcache.values import MAX_COUNT, check_depth, decode_float, encode_float
 
+_AT_ONCE = 256
+"""Records whose columns are read together: beyond that they don't fit the processor's cache, and take twice as long."""
+
 R = TypeVar("R")
+Points = tuple[tuple[int, float], ...]
+"""Pairs of iteration and value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +82,18 @@ def _measures(value: Any, key: str) -> Mapping[str, float]:
     return {k: decode_float(v, f"{key}.{k}") for k, v in value.items()}
 
 
-def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]:
+def _curves(value: Any, key: str) -> Mapping[str, Points]:
     if not isinstance(value, dict):
         raise ValueError(f"{key} must be a mapping, not {value!r}")
+    # A curve that diverged must not make those of all other records slow.
+    if (whole := _all_curves([value])) is not None:
+        return whole[0]
     return {name: _points(points, f"{key}.{name}") for name, points in value.items()}
 
 
-def _points(points: Any, label: str) -> tuple[tuple[int, float], ...]:
-    if points == []:
-        return ()
-    if not isinstance(points, list) or {*map(type, points)} != {list} or {*map(len, points)} != {2}:
+def _points(points: Any, label: str) -> Points:
+    if not isinstance(points, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in points):
         raise ValueError(f"{label} must be a list of pairs")
-    flat = [*chain.from_iterable(points)]
-    iterations, values = flat[::2], flat[1::2]
-    if _all_counts(iterations) is not None and {*map(type, values)} == {float}:
-        return tuple(zip(iterations, values, strict=True))
     return tuple([(_count(i, label), decode_float(v, label)) for i, v in points])
 
 
@@ -99,6 +101,7 @@ def _points(points: Any, label: str) -> tuple[tuple[int, float], ...]:
 
 _ONLY_TEXT = frozenset({str})
 _ONLY_NUMBERS = frozenset({float})
+_ONLY_LISTS = frozenset({list})
 _NESTED = frozenset({dict, list})
 
 
@@ -131,12 +134,22 @@ def _all_measures(values: Sequence[Any]) -> Sequence[Any] | None:
     return values if is_plain else None
 
 
+def _all_curves(values: Sequence[Any]) -> Sequence[Mapping[str, Points]] | None:
+    if {*map(type, values)} != {dict} or not _ONLY_LISTS.issuperset(map(type, curves := [*_inner(values)])):
+        return None
+    try:
+        iterations, numbers = zip(*chain.from_iterable(curves), strict=True)
+    except (TypeError, ValueError):  # no pairs, or none at all
+        return None
+    # Only a list can hold a whole number and another: a text and a mapping give texts.
+    if _all_counts(iterations) is None or not _ONLY_NUMBERS.issuperset(map(type, numbers)):
+        return None
+    pairs = zip(iterations, numbers, strict=True)
+    return [{name: tuple(islice(pairs, len(curve))) for name, curve in curves.items()} for curves in values]
+
+
 def _inner(mappings: Iterable[dict[str, Any]]) -> Iterable[Any]:
     return chain.from_iterable(map(dict.values, mappings))
-
-
-def _never(_: Sequence[Any]) -> None:
-    return None
 
 
 TEXT = Kind(_text, _all_of(str))
@@ -147,8 +160,7 @@ TEXTS = Kind(_texts, _all_lists(_ONLY_TEXT))
 NUMBERS = Kind(_numbers, _all_lists(_ONLY_NUMBERS))
 MEASURES = Kind(_measures, _all_measures)
 MAPPING = Kind(_mapping, _all_flat)
-CURVES = Kind(_curves, _never)
-"""Points are checked a curve at a time."""
+CURVES = Kind(_curves, _all_curves)
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -163,7 +175,9 @@ def read(cls: type[R], documents: Sequence[Any], kinds: Mapping[str, Kind]) -> l
     for position, keys in enumerate(map(tuple, documents)):
         alike[keys].append(position)
     for keys, positions in alike.items():
-        _fill(cls, keys, [records[p] for p in positions], [documents[p] for p in positions], kinds)
+        for start in range(0, len(positions), _AT_ONCE):
+            some = positions[start : start + _AT_ONCE]
+            _fill(cls, keys, [records[p] for p in some], [documents[p] for p in some], kinds)
     return records
 
 
