@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidValue
 from ckptcache.metadata import CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
-from ckptcache.storage.index import Index, IndexFile, Pieces, merge, parse, read_index_bytes, serialise, upgrade_flat
+from ckptcache.storage.index import Index, IndexFile, Pieces, parse, read_index_bytes, serialise, upgrade_flat
+from ckptcache.storage.merging import merge
 from ckptcache.values import MAX_COUNT, MAX_JSON_DEPTH
 from tests.strategies import edits, indexes, mutations
 
