@@ -236,14 +236,15 @@ def _fragment(record: CheckpointMetadata | SessionRecord) -> orjson.Fragment:
     return orjson.Fragment(orjson.dumps(data, option=_SORTED).replace(b"\n", b"\n    "))
 
 
-def serialise(index: Index, pieces: Pieces | None = None) -> bytes:
+def serialise(index: Index, pieces: Pieces | None = None, *, limit: int = MAX_INDEX_BYTES) -> bytes:
     """The index as JSON: sorted and indented, so that git shows what changed; unused configurations dropped.
 
     Args:
         pieces: what is known of the records from the last time, and is brought up to date.
+        limit: bytes up to which what comes of it is read again.
 
     Raises:
-        InvalidValue: something in it has no JSON form; the record is named.
+        InvalidValue: something in it has no JSON form, and the record is named; or there is more of it than `limit`.
     """
     used = _references(index)
     try:
@@ -257,9 +258,13 @@ def serialise(index: Index, pieces: Pieces | None = None) -> bytes:
             "configs": {key: value for key, value in index.configs.items() if key in used},
             "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
         }
-        return orjson.dumps(document, option=_SORTED | orjson.OPT_APPEND_NEWLINE)
+        data = orjson.dumps(document, option=_SORTED | orjson.OPT_APPEND_NEWLINE)
     except TypeError as error:
         raise InvalidValue(name="the index", value=_not_json(index), reason=str(error)) from error
+    if len(data) > limit:
+        reason = f"more than {limit} are not read again; lower max_records, or keep less in `extra`, notes and metrics"
+        raise InvalidValue(name="the index", value=f"{len(data)} bytes", reason=reason)
+    return data
 
 
 def _not_json(index: Index) -> str:

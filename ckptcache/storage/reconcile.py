@@ -163,7 +163,8 @@ def read_sidecar(layout: Layout, id: str) -> Index | None:
 
 def sidecar_bytes(record: CheckpointMetadata, index: Index) -> bytes:
     """The sidecar of `record`: the index cut down to it and the configurations it names."""
-    return serialise(Index(checkpoints={record.id: record}, configs=index.configs, fingerprints=index.fingerprints))
+    alone = Index(checkpoints={record.id: record}, configs=index.configs, fingerprints=index.fingerprints)
+    return serialise(alone, limit=MAX_SIDECAR_BYTES)
 
 
 # --- observing -----------------------------------------------------------------------------------

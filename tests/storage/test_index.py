@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidValue
 from ckptcache.metadata import CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
-from ckptcache.storage.index import Index, IndexFile, Pieces, parse, read_index_bytes, serialise, upgrade_flat
+from ckptcache.storage.index import (
+    MAX_INDEX_BYTES,
+    Index,
+    IndexFile,
+    Pieces,
+    parse,
+    read_index_bytes,
+    serialise,
+    upgrade_flat,
+)
 from ckptcache.storage.merging import merge
 from ckptcache.values import MAX_COUNT, MAX_JSON_DEPTH
 from tests.strategies import edits, indexes, mutations
@@ -776,6 +785,26 @@ def test_an_index_beyond_the_limit_is_refused_before_it_is_read(tmp_path):
         file.truncate(256 * 1024 * 1024 + 1)
     with pytest.raises(IndexDamaged, match="longer than"):
         read_index_bytes(path)
+
+
+def test_an_index_beyond_the_limit_is_not_written(tmp_path):
+    file = IndexFile(tmp_path)
+    with file.held():
+        file.commit(real_index(), writer="w")
+    before, index = file.path.read_bytes(), real_index()
+    index.unknown["later"] = "x" * MAX_INDEX_BYTES
+    with file.held(), pytest.raises(InvalidValue, match="not read again; lower max_records"):
+        file.commit(index, writer="w")
+    assert file.path.read_bytes() == before
+    assert not file.previous.exists()
+    assert same(IndexFile(tmp_path).read(), file.read())
+
+
+def test_bytes_up_to_the_limit_are_written():
+    data = serialise(real_index())
+    assert serialise(real_index(), limit=len(data)) == data
+    with pytest.raises(InvalidValue, match=f"cannot be '{len(data)} bytes'"):
+        serialise(real_index(), limit=len(data) - 1)
 
 
 def test_damage_is_found_in_one_of_many_records():
