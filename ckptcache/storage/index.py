@@ -6,7 +6,7 @@ what is on the disk is observed (`reconcile`), so that the file never changes by
 
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -212,22 +212,19 @@ class Pieces:
     """The records that were written last, each with its JSON: at a commit all but a few are the same as before."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[CheckpointMetadata | SessionRecord, orjson.Fragment]] = {}
+        self._known: dict[str, dict[str, tuple[CheckpointMetadata | SessionRecord, orjson.Fragment]]] = {}
 
-    def of(self, index: Index) -> tuple[dict[str, orjson.Fragment], dict[str, orjson.Fragment]]:
-        """The JSON of every checkpoint and of every session. What `index` no longer holds is forgotten."""
-        before, self._known = self._known, {}
-        for part, records in (("checkpoints", index.checkpoints), ("sessions", index.sessions)):
-            for key, record in records.items():
-                known = before.get((part, key))
-                # Records are immutable, and a known one is held here, so that no other can have come by its identity.
-                if known is None or known[0] is not record:
-                    known = record, _fragment(record)
-                self._known[part, key] = known
-        return self._part("checkpoints", index.checkpoints), self._part("sessions", index.sessions)
-
-    def _part(self, part: str, keys: Iterable[str]) -> dict[str, orjson.Fragment]:
-        return {key: self._known[part, key][1] for key in keys}
+    def of(self, part: str, records: Mapping[str, CheckpointMetadata | SessionRecord]) -> dict[str, orjson.Fragment]:
+        """The JSON of every record of a part of the index. What is no longer among them is forgotten."""
+        before, now = self._known.get(part, {}), {}
+        for key, record in records.items():
+            known = before.get(key)
+            # Records are immutable, and a known one is held here, so that no other can have come by its identity.
+            if known is None or known[0] is not record:
+                known = record, _fragment(record)
+            now[key] = known
+        self._known[part] = now
+        return {key: fragment for key, (_, fragment) in now.items()}
 
 
 def _fragment(record: CheckpointMetadata | SessionRecord) -> orjson.Fragment:
@@ -248,12 +245,12 @@ def serialise(index: Index, pieces: Pieces | None = None, *, limit: int = MAX_IN
     """
     used = _references(index)
     try:
-        checkpoints, sessions = (Pieces() if pieces is None else pieces).of(index)
+        pieces = Pieces() if pieces is None else pieces
         document = {
             **index.unknown,
             "schema_version": SCHEMA_VERSION,
-            "checkpoints": checkpoints,
-            "sessions": sessions,
+            "checkpoints": pieces.of("checkpoints", index.checkpoints),
+            "sessions": pieces.of("sessions", index.sessions),
             "names": {key: name.to_json() for key, name in index.names.items()},
             "configs": {key: value for key, value in index.configs.items() if key in used},
             "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
