@@ -88,6 +88,22 @@ def test_what_checkpoints_usually_hold_is_read_at_once(name, value):
     assert _CHECKPOINT_KINDS[name].column([value] * 3) is not None
 
 
+@pytest.mark.parametrize("hostile", ["a..b", "..", ".a", "A", "", "a/b", "a\n", "x" * 129, None, 5])
+def test_one_hostile_id_in_a_column_is_seen(hostile):
+    assert _CHECKPOINT_KINDS["session"].column(["a.", hostile, "b"]) is None
+    assert _CHECKPOINT_KINDS["parents"].column([["a."], [], ["b", hostile]]) is None
+
+
+@pytest.mark.parametrize(
+    "curve", [{}, "", 5, None, [5], ["ab"], [[1]], [[1, 2.0, 3]], [{"a": 1, "b": 2}], [[1], [2.0, 1, 2.0]]]
+)
+def test_what_is_no_curve_is_seen_among_others(curve):
+    curves = {"loss": [[0, 1.5]], "other": curve}
+    assert _SESSION_KINDS["curves"].column([{}, curves]) is None
+    with pytest.raises(ValueError, match=r"curves\.other must be a list of pairs"):
+        SessionRecord.all_from_json([{"id": "a", "curves": {"loss": [[0, 1.5]]}}, {"id": "b", "curves": curves}])
+
+
 def test_what_sessions_usually_hold_is_read_at_once():
     curves = [{"loss": [[0, 1.5], [10, 1.25]], "accuracy": []}, {}, {"loss": [[5, 2.0]]}]
     assert _SESSION_KINDS["curves"].column(curves) == [

@@ -118,7 +118,8 @@ def _previous(file: IndexFile) -> Index | None:
 def _adopt_strays(opened: Opened, layout: Layout, ids: set[str]) -> None:
     """Take up those of `ids` that the index doesn't name; what it holds is never changed by a sidecar."""
     strays = Index()
-    for id in sorted(ids - opened.index.checkpoints.keys()):
+    # Not a difference of sets, which goes through all that the index names.
+    for id in sorted(id for id in ids if id not in opened.index.checkpoints):
         try:
             found = read_sidecar(layout, id) if is_valid_id(id) else None
         except CkptCacheError as error:
@@ -186,9 +187,9 @@ def observe(index: Index, layout: Layout) -> Observed:
             seen.damaged[id] = f"its file has {entry.size} bytes, and its record says {record.size}"
         else:
             seen.available[id] = entry.size
-    for id in files.keys() - index.checkpoints.keys():
+    for id in files:
         # Beside the index only files that it names are checkpoints: an export may lie there, and must not be evicted.
-        if is_valid_id(id) and layout.checkpoint(id).exists():
+        if id not in index.checkpoints and is_valid_id(id) and layout.checkpoint(id).exists():
             seen.unrecorded[id] = layout.checkpoint(id)
     _find_leftovers(seen, index, layout)
     return seen
