@@ -233,15 +233,14 @@ def _fragment(record: CheckpointMetadata | SessionRecord) -> orjson.Fragment:
     return orjson.Fragment(orjson.dumps(data, option=_SORTED).replace(b"\n", b"\n    "))
 
 
-def serialise(index: Index, pieces: Pieces | None = None, *, limit: int = MAX_INDEX_BYTES) -> bytes:
+def serialise(index: Index, pieces: Pieces | None = None) -> bytes:
     """The index as JSON: sorted and indented, so that git shows what changed; unused configurations dropped.
 
     Args:
         pieces: what is known of the records from the last time, and is brought up to date.
-        limit: bytes up to which what comes of it is read again.
 
     Raises:
-        InvalidValue: something in it has no JSON form, and the record is named; or there is more of it than `limit`.
+        InvalidValue: something in it has no JSON form, and the record is named; or it is too long to be read again.
     """
     used = _references(index)
     try:
@@ -258,8 +257,8 @@ def serialise(index: Index, pieces: Pieces | None = None, *, limit: int = MAX_IN
         data = orjson.dumps(document, option=_SORTED | orjson.OPT_APPEND_NEWLINE)
     except TypeError as error:
         raise InvalidValue(name="the index", value=_not_json(index), reason=str(error)) from error
-    if len(data) > limit:
-        reason = f"more than {limit} are not read again; lower max_records, or keep less in `extra`, notes and metrics"
+    if len(data) > MAX_INDEX_BYTES:
+        reason = f"no more than {MAX_INDEX_BYTES} are read again; lower max_records, or keep less in `extra` and notes"
         raise InvalidValue(name="the index", value=f"{len(data)} bytes", reason=reason)
     return data
 

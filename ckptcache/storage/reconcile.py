@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, NotACheckpoint
+from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, InvalidValue, NotACheckpoint
 from ckptcache.metadata import CheckpointMetadata, is_valid_id
 from ckptcache.storage import fs, locks
 from ckptcache.storage.index import INDEX_NAME, Index, IndexFile, parse, read_index_bytes, serialise
@@ -163,9 +163,16 @@ def read_sidecar(layout: Layout, id: str) -> Index | None:
 
 
 def sidecar_bytes(record: CheckpointMetadata, index: Index) -> bytes:
-    """The sidecar of `record`: the index cut down to it and the configurations it names."""
+    """The sidecar of `record`: the index cut down to it and the configurations it names.
+
+    Raises InvalidValue for one that would be too long to be read again.
+    """
     alone = Index(checkpoints={record.id: record}, configs=index.configs, fingerprints=index.fingerprints)
-    return serialise(alone, limit=MAX_SIDECAR_BYTES)
+    data = serialise(alone)
+    if len(data) > MAX_SIDECAR_BYTES:
+        reason = f"no more than {MAX_SIDECAR_BYTES} are read again; keep less in `extra` and notes"
+        raise InvalidValue(name=f"the record of {record.id}", value=f"{len(data)} bytes", reason=reason)
+    return data
 
 
 # --- observing -----------------------------------------------------------------------------------

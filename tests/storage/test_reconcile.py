@@ -554,7 +554,7 @@ def test_a_sidecar_holds_one_record_and_what_it_names(full):
 
 def test_a_sidecar_too_long_to_be_read_again_is_refused():
     record = CheckpointMetadata(id=A, notes="x" * reconcile.MAX_SIDECAR_BYTES)
-    with pytest.raises(InvalidValue, match="are not read again"):
+    with pytest.raises(InvalidValue, match=f"the record of {A} cannot be .* are read again; keep less"):
         sidecar_bytes(record, Index())
 
 
