@@ -160,10 +160,11 @@ def _metrics_of(members: list[CheckpointMetadata], config: CacheConfig) -> tuple
 def _absent_score(members: list[CheckpointMetadata], name: str, direction: Direction) -> float:
     # 0, but never more than what a record of the group earned: rewards may be negative, and then
     # a NaN would win by scoring 0.
+    if direction == "min":
+        return 0.0  # which nobody scores less than
     finite = [v for r in members if (v := r.metrics.get(name)) is not None and math.isfinite(v)]
-    # Scores rise or fall with the value, so that the lowest is that of the worst value.
-    worst = max(finite, default=0.0) if direction == "min" else min(finite, default=0.0)
-    return min(0.0, metric_score(worst, direction))
+    # Scores rise with the value, so that the lowest is that of the lowest value.
+    return min(0.0, metric_score(min(finite, default=0.0), direction))
 
 
 def score(record: CheckpointMetadata, scale: Scale) -> Score:
