@@ -13,7 +13,8 @@ from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata, utc_now
 from ckptcache.state.capture import fingerprint
 from ckptcache.storage import ptfile
-from ckptcache.storage.index import Index, merge, parse
+from ckptcache.storage.index import Index, parse
+from ckptcache.storage.merging import merge
 
 log = logging.getLogger("ckptcache")
 

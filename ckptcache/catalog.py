@@ -5,10 +5,11 @@ listings are quick.
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+import heapq
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,12 @@ from ckptcache.storage.index import Index
 from ckptcache.storage.reconcile import Observed
 
 Status = Literal["available", "missing", "damaged", "evicted", "quarantined"]
+_ORDER: Callable[[CheckpointMetadata | SessionRecord], tuple[int, str]] = attrgetter("sequence", "id")
+"""Its `order`."""
+_DESCRIBED: Callable[[CheckpointMetadata], tuple[str | None, ...]] = attrgetter(
+    "fingerprint", "model_config", "data_config"
+)
+"""The names of all that its `description` is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ class Catalog:
 
     def group(self, record: CheckpointMetadata) -> Group:
         """The group that a checkpoint is ranked in."""
-        key = (record.fingerprint, record.model_config, record.data_config)
+        key = _DESCRIBED(record)
         if key not in self._group_memo:
             self._group_memo[key] = group_of(self.description(record), self.config.critical_params)
         return self._group_memo[key]
@@ -89,10 +96,14 @@ class Catalog:
     @cached_property
     def groups(self) -> dict[Group, list[CheckpointMetadata]]:
         """Every record by group, with or without a file, so that losing a file changes no score."""
-        groups: defaultdict[Group, list[CheckpointMetadata]] = defaultdict(list)
-        for record in self.index.checkpoints.values():
-            groups[self.group(record)].append(record)
-        return dict(groups)
+        groups: dict[Group, list[CheckpointMetadata]] = {}
+        members: dict[tuple[str | None, ...], list[CheckpointMetadata]] = {}
+        records = self.index.checkpoints.values()
+        for key, record in zip(map(_DESCRIBED, records), records, strict=True):
+            if key not in members:
+                members[key] = groups.setdefault(self.group(record), [])
+            members[key].append(record)
+        return groups
 
     @cached_property
     def scores(self) -> Mapping[str, Score]:
@@ -117,7 +128,7 @@ class Catalog:
     @cached_property
     def last_used(self) -> dict[Group, tuple[int, str]]:
         """When a checkpoint of each group was last saved or resumed from."""
-        used = {group: max(r.order for r in members) for group, members in self.groups.items()}
+        used = {group: max(map(_ORDER, members)) for group, members in self.groups.items()}
         for session in self.index.sessions.values():
             parent = self.index.checkpoints.get(session.parent or "")
             if parent is not None:
@@ -156,7 +167,7 @@ class Catalog:
     def latest(self) -> CheckpointMetadata | None:
         """The latest checkpoint whose file is there, and that wasn't rolled back."""
         available = (self.index.checkpoints[id] for id in self.observed.available)
-        return max((r for r in available if not self.left_behind(r)), key=_order, default=None)
+        return max((r for r in available if not self.left_behind(r)), key=_ORDER, default=None)
 
     def best_of(self, group: Group, *, without: str | None = None) -> CheckpointMetadata | None:
         """The best available checkpoint of a group."""
@@ -167,7 +178,7 @@ class Catalog:
 
     def judge(self, record: CheckpointMetadata, needed: Description) -> Verdict:
         """How a checkpoint fits; parts of it for which nothing is needed are not compared."""
-        key = (record.fingerprint, record.model_config, record.data_config)
+        key = _DESCRIBED(record)
         verdicts = self._verdicts.setdefault(id(needed), (needed, {}))[1]
         if key not in verdicts:
             verdicts[key] = self._judge(record, needed)
@@ -194,7 +205,7 @@ class Catalog:
         the checkpoint that it resumed from. Without a session, the newest checkpoint tells.
         """
         sessions = (s for s in self.index.sessions.values() if s.rolled_back is None)
-        for session in sorted(sessions, key=_order, reverse=True)[:1]:
+        for session in sorted(sessions, key=_ORDER, reverse=True)[:1]:
             described = self._trained_by(session)
             if described is not None:
                 return described, session
@@ -204,7 +215,7 @@ class Catalog:
     def _trained_by(self, session: SessionRecord) -> Description | None:
         own = [r for r in self.index.checkpoints.values() if r.session == session.id]
         if own:
-            return self.description(max(own, key=_order))
+            return self.description(max(own, key=_ORDER))
         declared = self.index.configs.get(session.config or "")
         if isinstance(declared, Mapping) and ("model_config" in declared or "data_config" in declared):
             return Description(None, _mapping(declared.get("model_config")), _mapping(declared.get("data_config")))
@@ -295,13 +306,15 @@ class Catalog:
         if excess <= 0:
             return []
         named = {pointer.checkpoint for pointer in self.index.names.values()}
-        gone = [
-            r
-            for r in self.index.checkpoints.values()
-            if r.id not in self.observed.available and r.id not in named and not r.pinned
-        ]
-        lowest = sorted(gone, key=lambda r: (_known_quality(self.scores[r.id]), r.order))
-        return [r.id for r in lowest[:excess]]
+        available = self.observed.available
+        # Each is scored, and none of the scores is kept: with thousands, keeping them takes longer than making them.
+        gone = (
+            (_known_quality(quality.score(r, scale)), r.order)
+            for members, scale in zip(self.groups.values(), self.scales.values(), strict=True)
+            for r in members
+            if r.id not in available and r.id not in named and not r.pinned
+        )
+        return [id for _, (_, id) in heapq.nsmallest(excess, gone)]
 
 
 class _Scores(Mapping[str, Score]):
@@ -322,10 +335,6 @@ class _Scores(Mapping[str, Score]):
 
     def __len__(self) -> int:
         return len(self._catalog.index.checkpoints)
-
-
-def _order(record: CheckpointMetadata | SessionRecord) -> tuple[int, str]:
-    return record.order
 
 
 def _mapping(config: Any) -> Mapping[str, Any] | None:

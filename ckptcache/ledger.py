@@ -15,8 +15,9 @@ from ckptcache.config import CacheConfig
 from ckptcache.errors import CacheDirIsFile, CacheDirNotReadable, CacheDirNotWritable
 from ckptcache.metadata import CheckpointMetadata, SessionRecord, thin
 from ckptcache.storage import fs, locks
-from ckptcache.storage.index import Index, IndexFile, merge, serialise
+from ckptcache.storage.index import Index, IndexFile, serialise
 from ckptcache.storage.layout import Layout
+from ckptcache.storage.merging import merge
 from ckptcache.storage.publish import remove_checkpoint
 from ckptcache.storage.reconcile import Observed, Opened, leases, observe, open_index, quarantine, set_aside, tidy
 

@@ -5,29 +5,25 @@ unknown; JSON holds the one as "nan" and leaves the other out.
 """
 
 import dataclasses
-import functools
-import operator
 import re
 import secrets
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import repeat
-from typing import Any, Literal, Self, TypeVar
+from itertools import chain
+from typing import Any, Literal, Self
 
+from ckptcache import fields
 from ckptcache.errors import InvalidId, InvalidName
-from ckptcache.values import check_depth, decode_float, encode_float
+from ckptcache.fields import Kind
+from ckptcache.values import MAX_COUNT
 
 SCHEMA_VERSION = 2
 """Version 1 is the oldest layout: a flat mapping of id to record."""
 MAX_CURVE_POINTS = 200
-MAX_COUNT = 2**53
-"""Whole numbers up to here are the same in every reader of JSON."""
 
 SaveReason = Literal["improved", "interval", "final", "signal", "manual", "growth"]
 Decision = Literal["evicted", "quarantined"]
-R = TypeVar("R")
 
 _ID = re.compile(r"\A[a-z0-9][a-z0-9._-]{0,127}\Z")
 _NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -144,7 +140,7 @@ class CheckpointMetadata:
 
     def to_json(self, *, full: bool = False) -> dict[str, Any]:
         """The record as JSON holds it; empty fields are left out unless `full`."""
-        return _to_json(self, full)
+        return fields.to_json(self, full)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -154,7 +150,7 @@ class CheckpointMetadata:
     @classmethod
     def all_from_json(cls, documents: Sequence[Mapping[str, Any]]) -> list[Self]:
         """Many at once, in their order, at a fraction of the cost; raises ValueError likewise."""
-        return _read(cls, documents, _CHECKPOINT_READERS)
+        return fields.read(cls, documents, _CHECKPOINT_KINDS)
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
@@ -204,7 +200,7 @@ class SessionRecord:
 
     def to_json(self, *, full: bool = False) -> dict[str, Any]:
         """The record as JSON holds it; empty fields are left out unless `full`."""
-        return _to_json(self, full)
+        return fields.to_json(self, full)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -214,7 +210,7 @@ class SessionRecord:
     @classmethod
     def all_from_json(cls, documents: Sequence[Mapping[str, Any]]) -> list[Self]:
         """Many at once, in their order, at a fraction of the cost; raises ValueError likewise."""
-        return _read(cls, documents, _SESSION_READERS)
+        return fields.read(cls, documents, _SESSION_KINDS)
 
     def changed(self, **fields: Any) -> Self:
         """A copy with `fields` replaced and the revision raised."""
@@ -242,7 +238,7 @@ class NamePointer:
         before = data.get("before", {})
         if not isinstance(before, dict) or not all(v is None or is_valid_id(v) for v in before.values()):
             raise ValueError("a pointer's before must map ids to ids or null")
-        revision = _count(data.get("revision", 0), "revision")
+        revision = fields.COUNT.one(data.get("revision", 0), "revision")
         return cls(checkpoint=data["checkpoint"], revision=revision, before=before)
 
 
@@ -278,13 +274,7 @@ class Fingerprint:
         return cls(parameters=parameters, optimizers=optimizers)
 
 
-# --- reading and writing records -----------------------------------------------------------------
-
-
-def _text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{key} must be text, not {value!r}")
-    return value
+# --- what their fields hold ----------------------------------------------------------------------
 
 
 def _id_text(value: Any, key: str) -> str:
@@ -294,197 +284,48 @@ def _id_text(value: Any, key: str) -> str:
 
 
 def _ids(value: Any, key: str) -> tuple[str, ...]:
-    return tuple([_id_text(v, key) for v in _texts(value, key)])
+    return tuple([_id_text(v, key) for v in fields.TEXTS.one(value, key)])
 
 
-def _count(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
-        raise ValueError(f"{key} must be a whole number of at least 0 and at most 2**53, not {value!r}")
-    return value
+def _all_ids(values: Sequence[Any]) -> Sequence[Any] | None:
+    return values if fields.TEXT.column(values) and _are_valid(values) else None
 
 
-def _flag(value: Any, key: str) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false, not {value!r}")
-    return value
+def _all_lists_of_ids(values: Sequence[Any]) -> Sequence[Any] | None:
+    found = fields.TEXTS.column(values)
+    return found if found and _are_valid(chain.from_iterable(found)) else None
 
 
-_ONLY_TEXT = frozenset({str})
+def _are_valid(texts: Iterable[str]) -> bool:
+    """As `is_valid_id` has it of each; no id holds the character that parts them here."""
+    different = {*texts}
+    return all(map(_ID.match, different)) and ".." not in "/".join(different)
 
 
-def _texts(value: Any, key: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not _ONLY_TEXT.issuperset(map(type, value)):
-        raise ValueError(f"{key} must be a list of texts, not {value!r}")
-    return tuple(value)
-
-
-def _floats(value: Any, key: str) -> tuple[float, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{key} must be a list of numbers, not {value!r}")
-    return tuple([v if type(v) is float else decode_float(v, key) for v in value])
-
-
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} must be a mapping, not {value!r}")
-    check_depth(value, key)
-    return value
-
-
-def _metrics(value: Any, key: str) -> Mapping[str, float]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} must be a mapping, not {value!r}")
-    return {k: v if type(v) is float else decode_float(v, f"{key}.{k}") for k, v in value.items()}
-
-
-def _curves(value: Any, key: str) -> Mapping[str, tuple[tuple[int, float], ...]]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} must be a mapping, not {value!r}")
-    return {name: _points(points, f"{key}.{name}") for name, points in value.items()}
-
-
-def _points(points: Any, label: str) -> tuple[tuple[int, float], ...]:
-    if points == []:
-        return ()
-    if not isinstance(points, list) or {*map(type, points)} != {list} or {*map(len, points)} != {2}:
-        raise ValueError(f"{label} must be a list of pairs")
-    iterations, values = zip(*points, strict=True)
-    # So it is of almost every curve, and of thousands of points it is quickly seen for all of a curve at once.
-    if {*map(type, iterations)} == {int} and {*map(type, values)} == {float}:
-        _count(min(iterations), label)
-        _count(max(iterations), label)
-        return tuple(map(tuple, points))
-    return tuple([(_count(i, label), decode_float(v, label)) for i, v in points])
-
-
-_CHECKPOINT_READERS: dict[str, Any] = {
-    **dict.fromkeys(("id", "session", "rolled_back"), _id_text),
-    **dict.fromkeys(("created_at", "save_reason", "model_config", "training_config"), _text),
-    **dict.fromkeys(("data_config", "fingerprint", "notes", "decision", "decision_reason", "digest"), _text),
-    **dict.fromkeys(("sequence", "revision", "iteration", "last_val_loss_iteration", "size"), _count),
-    **dict.fromkeys(("epoch", "train_loss", "val_loss", "last_val_loss", "quality_score"), decode_float),
-    **dict.fromkeys(("contents", "tags"), _texts),
-    "parents": _ids,
-    **dict.fromkeys(("extra", "environment"), _mapping),
-    "learning_rate": _floats,
-    "metrics": _metrics,
-    "pinned": _flag,
+_ID_TEXT = Kind(_id_text, _all_ids)
+_CHECKPOINT_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("id", "session", "rolled_back"), _ID_TEXT),
+    **dict.fromkeys(("created_at", "save_reason", "model_config", "training_config"), fields.TEXT),
+    **dict.fromkeys(("data_config", "fingerprint", "notes", "decision", "decision_reason", "digest"), fields.TEXT),
+    **dict.fromkeys(("sequence", "revision", "iteration", "last_val_loss_iteration", "size"), fields.COUNT),
+    **dict.fromkeys(("epoch", "train_loss", "val_loss", "last_val_loss", "quality_score"), fields.NUMBER),
+    **dict.fromkeys(("contents", "tags"), fields.TEXTS),
+    "parents": Kind(_ids, _all_lists_of_ids),
+    **dict.fromkeys(("extra", "environment"), fields.MAPPING),
+    "learning_rate": fields.NUMBERS,
+    "metrics": fields.MEASURES,
+    "pinned": fields.FLAG,
 }
-_SESSION_READERS: dict[str, Any] = {
-    **dict.fromkeys(("id", "parent", "best_checkpoint", "rolled_back"), _id_text),
-    **dict.fromkeys(("resume", "config", "started_at", "ended_at", "stop_reason"), _text),
-    **dict.fromkeys(("sequence", "revision", "start_iteration", "end_iteration"), _count),
-    **dict.fromkeys(("saved", "evicted", "failed_saves"), _count),
-    **dict.fromkeys(("first_val_loss", "last_val_loss", "best_val_loss", "seconds"), decode_float),
-    **dict.fromkeys(("reseeded", "warm_start"), _flag),
-    "curves": _curves,
-    "environment": _mapping,
+_SESSION_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("id", "parent", "best_checkpoint", "rolled_back"), _ID_TEXT),
+    **dict.fromkeys(("resume", "config", "started_at", "ended_at", "stop_reason"), fields.TEXT),
+    **dict.fromkeys(("sequence", "revision", "start_iteration", "end_iteration"), fields.COUNT),
+    **dict.fromkeys(("saved", "evicted", "failed_saves"), fields.COUNT),
+    **dict.fromkeys(("first_val_loss", "last_val_loss", "best_val_loss", "seconds"), fields.NUMBER),
+    **dict.fromkeys(("reseeded", "warm_start"), fields.FLAG),
+    "curves": fields.CURVES,
+    "environment": fields.MAPPING,
 }
-
-
-_AS_IT_STANDS: Mapping[Any, type] = {_text: str, decode_float: float, _count: int}
-"""The type of JSON value that a reader returns unchanged, a number within its range."""
-
-
-def _read(cls: type[R], documents: Sequence[Any], readers: Mapping[str, Any]) -> list[R]:
-    """Records from their JSON, field by field instead of one by one.
-
-    The records of an index mostly have the same fields, and with thousands of them it is the loop over the fields
-    of each that costs: of a whole column, most checks are one call.
-    """
-    alike: defaultdict[tuple[str, ...], list[tuple[R, dict[str, Any]]]] = defaultdict(list)
-    records = [object.__new__(cls) for _ in documents]
-    for record, data in zip(records, documents, strict=True):
-        if not isinstance(data, dict) or data.get("id") is None:
-            raise ValueError(f"a {cls.__name__} must be a mapping with an id")
-        alike[tuple(data)].append((record, data))
-    for keys, pairs in alike.items():
-        _fill(cls, keys, [record for record, _ in pairs], [data for _, data in pairs], readers)
-    return records
-
-
-def _fill(
-    cls: type[R], keys: tuple[str, ...], records: Sequence[R], documents: Sequence[dict[str, Any]], readers: Any
-) -> None:
-    """Set the fields of records whose JSON has the same keys, past the frozen class, for which nothing is set yet."""
-    columns = dict(zip(keys, zip(*[data.values() for data in documents], strict=True), strict=True))
-    kind: Any = cls
-    for name, put, defaults in _slots(kind):
-        values: Iterable[Any]
-        if name in columns and name in readers:
-            values = _column(columns[name], name, readers[name], defaults)
-        elif name == "unknown" and not readers.keys() >= columns.keys():
-            values = [_unknown(data, readers) for data in documents]
-        else:
-            values = defaults(len(documents))
-        deque(map(put, records, values), maxlen=0)  # the quickest way to go through a map
-
-
-def _column(
-    values: tuple[Any, ...], name: str, reader: Callable[[Any, str], Any], defaults: Callable[[int], Iterable[Any]]
-) -> Iterable[Any]:
-    """One field of many records, read; null is as good as absent."""
-    types, plain = {*map(type, values)}, _AS_IT_STANDS.get(reader)
-    if types == {plain} and (plain is not int or (min(values) >= 0 and max(values) <= MAX_COUNT)):
-        return values
-    fresh = iter(defaults(len(values)))
-    return [next(fresh) if value is None else reader(value, name) for value in values]
-
-
-def _unknown(data: Mapping[str, Any], readers: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = {key: value for key, value in data.items() if key not in readers}
-    check_depth(unknown, "a record")
-    return unknown
-
-
-@functools.cache
-def _slots(cls: type[Any]) -> list[tuple[str, Callable[[Any, Any], None], Callable[[int], Iterable[Any]]]]:
-    """The fields in their order, what sets each, and what makes so many defaults."""
-    return [(f.name, getattr(cls, f.name).__set__, _defaults_of(f)) for f in dataclasses.fields(cls)]
-
-
-def _defaults_of(field: "dataclasses.Field[Any]") -> Callable[[int], Iterable[Any]]:
-    if field.default_factory is dataclasses.MISSING:
-        return lambda count: repeat(field.default, count)
-    make = field.default_factory
-    return lambda count: [make() for _ in range(count)]
-
-
-_ATOMS = frozenset({str, int, bool, type(None)})
-
-
-def _plain(value: Any) -> Any:
-    if type(value) in _ATOMS:
-        return value
-    if isinstance(value, float):
-        return encode_float(value)
-    if isinstance(value, tuple | list):
-        return list(value) if _ATOMS.issuperset(map(type, value)) else [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return dict(value) if _ATOMS.issuperset(map(type, value.values())) else {k: _plain(v) for k, v in value.items()}
-    return value
-
-
-def _to_json(record: Any, full: bool) -> dict[str, Any]:
-    kind: Any = type(record)
-    fields, values = _field_names(kind)
-    data = dict(record.unknown)
-    for (name, droppable), value in zip(fields, values(record), strict=True):
-        if value or full or not droppable or (value is not False and value not in _EMPTY):
-            data[name] = value if type(value) in _ATOMS else _plain(value)
-    return data
-
-
-_EMPTY: tuple[Any, ...] = (None, "", (), {})
-
-
-@functools.cache
-def _field_names(cls: type[Any]) -> tuple[tuple[tuple[str, bool], ...], Callable[[Any], tuple[Any, ...]]]:
-    """The fields in their order, whether an empty one can be left out, and what gets all their values."""
-    fields = [f for f in dataclasses.fields(cls) if f.name != "unknown"]
-    droppable = [f.default is dataclasses.MISSING or f.default is False or f.default in _EMPTY for f in fields]
-    names = [f.name for f in fields]
-    return tuple(zip(names, droppable, strict=True)), operator.attrgetter(*names)
 
 
 def thin(points: Iterable[tuple[int, float]], limit: int = MAX_CURVE_POINTS) -> tuple[tuple[int, float], ...]:

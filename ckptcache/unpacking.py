@@ -26,8 +26,9 @@ from ckptcache.metadata import ROLLBACK, CheckpointMetadata
 from ckptcache.policy.branches import follows
 from ckptcache.storage import archive, fs
 from ckptcache.storage.archive import Archive
-from ckptcache.storage.index import MAX_INDEX_BYTES, Index, merge, parse
+from ckptcache.storage.index import MAX_INDEX_BYTES, Index, parse
 from ckptcache.storage.manifest import Member
+from ckptcache.storage.merging import merge
 from ckptcache.storage.reconcile import quarantine, sidecar_bytes
 from ckptcache.words import count
 

@@ -18,6 +18,8 @@ from ckptcache.errors import InvalidValue
 MAX_JSON_DEPTH = 64
 MAX_CONFIG_DEPTH = MAX_JSON_DEPTH - 2
 """A session's configurations are kept together in one mapping, which must be readable too."""
+MAX_COUNT = 2**53
+"""Whole numbers up to here are the same in every reader of JSON."""
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -22,7 +22,7 @@ _FOURTH = tuple(
     "judging trace facts ending session trainer display proving testing workflow".split()
 )
 FLOORS = {
-    1: ("errors", "values", "elsewhere", "config", "metadata", "environment", "words"),
+    1: ("errors", "values", "elsewhere", "config", "fields", "metadata", "environment", "words"),
     2: ("storage", "policy", "state", "history"),
     3: _THIRD,
     4: (*_FOURTH, "distributed", "mirror", "report", "progress"),
@@ -30,7 +30,7 @@ FLOORS = {
     6: ("__main__",),
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
-STAIRS = (("errors", "values", "elsewhere", "config", "metadata"), _THIRD, _FOURTH)
+STAIRS = (("errors", "values", "elsewhere", "config", "fields", "metadata"), _THIRD, _FOURTH)
 """Within a floor, these stand one above the other."""
 
 TOP_LEVEL = frozenset(

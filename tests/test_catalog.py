@@ -45,6 +45,15 @@ def test_groups_stand_whole_one_after_another_the_one_used_last_first():
     assert names(found.ranked()) == ["b", "a", "c", "d"]
 
 
+def test_checkpoints_that_differ_in_what_is_not_critical_are_ranked_together():
+    index, small, _ = two_groups()
+    configs = [index.store_config({"n_layer": 2, "dropout": dropout}) for dropout in (0.0, 0.1, 0.0)]
+    losses = zip("abc", (3.0, 1.0, 2.0), configs, strict=True)
+    found = catalog(*(record(id, loss, fingerprint=small, model_config=c) for id, loss, c in losses), index=index)
+    assert [sorted(names(members)) for members in found.groups.values()] == [["a", "b", "c"]]
+    assert names(found.ranked()) == ["b", "c", "a"]
+
+
 def test_a_session_that_resumed_from_a_group_is_a_use_of_it():
     index, small, large = two_groups()
     index.sessions["sess"] = SessionRecord(id="sess", sequence=9, parent="a")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Literal
 
 from ckptcache.config import CacheConfig, Direction
@@ -18,6 +19,7 @@ LOWER_IS_BETTER = frozenset({"loss", "losses", "error", "errors", "perplexity", 
 
 _CAMEL_SEAM = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _WORD = re.compile(r"[^\W\d_]+")
+_ITERATION: Callable[[CheckpointMetadata], int] = attrgetter("iteration")
 _TIER = {"known": 2, "unknown": 1, "diverged": 0}
 
 
@@ -83,18 +85,12 @@ def find_scored_metrics(records: Iterable[CheckpointMetadata]) -> tuple[dict[str
     evaluations carries no metrics, and must not change how the evaluated ones are ranked.
     """
     members = list(records)
-    named = sorted({name for r in members for name in r.metrics})
-    judging = [r for r in members if _is_known(r.val_loss)] or members
-    scored = {name: metric_direction(name) for name in named if all(_is_share(r.metrics.get(name)) for r in judging)}
+    named = sorted(set[str]().union(*[r.metrics for r in members]))
+    judging = [r.metrics for r in members if (loss := r.val_loss) is not None and math.isfinite(loss)]
+    if not judging:
+        judging = [r.metrics for r in members]
+    scored = {n: metric_direction(n) for n in named if all(0 <= m.get(n, math.nan) <= 1 for m in judging)}
     return scored, tuple(name for name in named if name not in scored)
-
-
-def _is_known(loss: float | None) -> bool:
-    return loss is not None and math.isfinite(loss)
-
-
-def _is_share(value: float | None) -> bool:
-    return value is not None and 0 <= value <= 1
 
 
 # --- scoring a group -----------------------------------------------------------------------------
@@ -148,7 +144,7 @@ def scale_of(members: list[CheckpointMetadata], config: CacheConfig) -> Scale:
         directions=directions,
         unscored=unscored,
         absent={name: _absent_score(members, name, direction) for name, direction in directions.items()},
-        furthest=max((r.iteration for r in members), default=0),
+        furthest=max(map(_ITERATION, members), default=0),
         loss_weight=loss_weight,
         metrics_weight=metrics_weight,
         progress_weight=config.quality_weight_progress,
@@ -164,9 +160,11 @@ def _metrics_of(members: list[CheckpointMetadata], config: CacheConfig) -> tuple
 def _absent_score(members: list[CheckpointMetadata], name: str, direction: Direction) -> float:
     # 0, but never more than what a record of the group earned: rewards may be negative, and then
     # a NaN would win by scoring 0.
-    values = (r.metrics.get(name) for r in members)
-    scores = (metric_score(v, direction) for v in values if v is not None and math.isfinite(v))
-    return min(0.0, min(scores, default=0.0))
+    if direction == "min":
+        return 0.0  # which nobody scores less than
+    finite = [v for r in members if (v := r.metrics.get(name)) is not None and math.isfinite(v)]
+    # Scores rise with the value, so that the lowest is that of the lowest value.
+    return min(0.0, metric_score(min(finite, default=0.0), direction))
 
 
 def score(record: CheckpointMetadata, scale: Scale) -> Score:

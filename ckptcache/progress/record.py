@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ckptcache.errors import IndexDamaged
 from ckptcache.progress.git import Repository
-from ckptcache.storage.index import Index, merge, parse
+from ckptcache.storage.index import Index, parse
+from ckptcache.storage.merging import merge
 
 _MARKER = re.compile(rb"^(<<<<<<<|\|\|\|\|\|\|\||=======|>>>>>>>)(?: .*)?$")
 

@@ -13,7 +13,8 @@ from ckptcache.progress.git import Repository
 from ckptcache.progress.record import read
 from ckptcache.progress.summarize import lines, summarize, write_changed
 from ckptcache.storage import fs
-from ckptcache.storage.index import MAX_INDEX_BYTES, Index, merge, serialise
+from ckptcache.storage.index import MAX_INDEX_BYTES, Index, serialise
+from ckptcache.storage.merging import merge
 
 
 @dataclass(slots=True)

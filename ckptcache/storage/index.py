@@ -6,8 +6,7 @@ what is on the disk is observed (`reconcile`), so that the file never changes by
 
 import gc
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from blake3 import blake3
 
 from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidName, InvalidValue, NotACheckpoint
 from ckptcache.metadata import (
-    MAX_COUNT,
     ROLLBACK,
     SCHEMA_VERSION,
     CheckpointMetadata,
@@ -26,21 +24,18 @@ from ckptcache.metadata import (
     NamePointer,
     SessionRecord,
     check_name,
-    is_valid_id,
 )
-from ckptcache.storage import fs, locks
-from ckptcache.values import check_depth, content_hash, encode_float, jsonable
+from ckptcache.storage import flat, fs, locks
+from ckptcache.values import MAX_COUNT, check_depth, content_hash, encode_float, jsonable
 
-log = logging.getLogger("ckptcache")
 INDEX_NAME = "metadata.json"
 MAX_INDEX_BYTES = 256 * 1024 * 1024
 _SORTED = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-_PARTS = ("checkpoints", "sessions", "names", "configs", "fingerprints")
-_BY_CONTENT = ("configs", "fingerprints")
+PARTS = ("checkpoints", "sessions", "names", "configs", "fingerprints")
+BY_CONTENT = ("configs", "fingerprints")
+"""Those parts whose keys are hashes of what they name."""
 
 T = TypeVar("T")
-_ABSENT: Any = object()
-"""Not None, which JSON can hold."""
 
 
 @dataclass(slots=True)
@@ -65,7 +60,7 @@ class Index:
 
     def copy(self) -> "Index":
         """An index whose mappings can be changed without changing these."""
-        return Index(**{name: dict(getattr(self, name)) for name in (*_PARTS, "unknown")})
+        return Index(**{name: dict(getattr(self, name)) for name in (*PARTS, "unknown")})
 
     def store_config(self, config: Any) -> str | None:
         """Keep a JSON-plain configuration and return the hash that names it; None for none."""
@@ -147,8 +142,17 @@ def _oldest_with_nan(data: bytes) -> Any:
         return None
 
 
+def upgrade_flat(document: Mapping[str, Any]) -> Index:
+    """The index that the oldest layout amounts to; ValueError, naming the record, when it isn't that layout."""
+    for key, value in document.items():
+        if key in PARTS or not isinstance(value, dict):
+            raise ValueError(f"it has no schema_version, and {key!r} is not a record")
+    checkpoints, configs = flat.upgrade(document)
+    return Index(checkpoints=checkpoints, configs=configs)
+
+
 def _check_version(version: Any, path: Path) -> None:
-    if isinstance(version, bool) or not isinstance(version, int) or version <= _FLAT_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or version <= flat.VERSION:
         raise ValueError(f"schema_version {version!r} is not a version")
     if version > SCHEMA_VERSION:
         raise IndexTooNew(path=path, found=version, known=SCHEMA_VERSION)
@@ -156,9 +160,9 @@ def _check_version(version: Any, path: Path) -> None:
 
 def _read(document: Mapping[str, Any]) -> Index:
     # All parts are always written: one that is missing was lost, and with it what it protected.
-    if absent := [part for part in _PARTS if part not in document]:
+    if absent := [part for part in PARTS if part not in document]:
         raise ValueError(f"it has no {', '.join(absent)}")
-    unknown = {k: v for k, v in document.items() if k not in (*_PARTS, "schema_version")}
+    unknown = {k: v for k, v in document.items() if k not in (*PARTS, "schema_version")}
     check_depth(unknown, "it")
     return Index(
         checkpoints=_records(document, "checkpoints", CheckpointMetadata.all_from_json),
@@ -201,73 +205,6 @@ def _config(config: Any) -> Any:
     return config
 
 
-# --- the oldest layout ---------------------------------------------------------------------------
-
-_FLAT_VERSION = 1
-_FLAT_RENAMED = {"checkpoint_id": "id", "timestamp": "created_at", "parent_checkpoint": "parents"}
-_FLAT_KEPT = ("epoch", "train_loss", "val_loss", "metrics", "tags", "notes", "created_at", "quality_score")
-_FLAT_CONFIGS = ("model_config", "training_config", "data_config")
-_FLAT_DROPPED = frozenset({"file_path", "path"})
-
-
-def upgrade_flat(document: Mapping[str, Any]) -> Index:
-    """The index that the oldest layout amounts to: a flat mapping of id to record, configurations inline.
-
-    A path in a record is never followed. What this version has no field for stays in `extra`. A record
-    whose id can't be one is left out, with a warning, beside others that can.
-    Raises ValueError, naming the record, when it isn't that layout.
-    """
-    index = Index()
-    for key, value in document.items():
-        if key in _PARTS or not isinstance(value, dict):
-            raise ValueError(f"it has no schema_version, and {key!r} is not a record")
-    records = {key: value for key, value in document.items() if is_valid_id(key)}
-    for key in document.keys() - records.keys():
-        if not records:
-            raise ValueError(f"it has no schema_version, and {key!r} is not a record")
-        log.warning("the record %r is left out, since that can't be the id of a checkpoint", key)
-    for sequence, (key, flat) in enumerate(sorted(records.items(), key=_flat_order), start=1):
-        try:
-            index.checkpoints[key] = _upgrade_record(key, sequence, flat, index)
-        except (ValueError, InvalidValue) as error:
-            raise ValueError(f"the record {key!r} cannot be upgraded: {error}") from error
-    return index
-
-
-def _flat_order(item: tuple[str, Mapping[str, Any]]) -> tuple[str, str]:
-    return str(item[1].get("created_at") or item[1].get("timestamp") or ""), item[0]
-
-
-def _upgrade_record(key: str, sequence: int, flat: Mapping[str, Any], index: Index) -> CheckpointMetadata:
-    record = {_FLAT_RENAMED.get(k, k): v for k, v in flat.items()}
-    configs = {
-        name: index.store_config(jsonable(record[name], name)) for name in _FLAT_CONFIGS if record.get(name) is not None
-    }
-    known = {name: record[name] for name in _FLAT_KEPT if record.get(name) is not None}
-    handled = {*_FLAT_KEPT, *_FLAT_DROPPED, *configs, "id", "iteration", "learning_rate", "parents"}
-    extra = {k: jsonable(v, k) for k, v in record.items() if k not in handled and v not in (None, {}, [])}
-    rate, parent = record.get("learning_rate"), record.get("parents")
-    return CheckpointMetadata.from_json(
-        {
-            **known,
-            **configs,
-            "id": key,
-            "sequence": sequence,
-            "iteration": _whole(record.get("iteration")),
-            "learning_rate": [] if rate is None else rate if isinstance(rate, list) else [rate],
-            "parents": [parent] if is_valid_id(parent) else [],
-            "extra": extra,
-        }
-    )
-
-
-def _whole(value: Any) -> Any:
-    """Old writers were not particular about 500, 500.0 and "500"."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
 # --- writing -------------------------------------------------------------------------------------
 
 
@@ -275,22 +212,19 @@ class Pieces:
     """The records that were written last, each with its JSON: at a commit all but a few are the same as before."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[CheckpointMetadata | SessionRecord, orjson.Fragment]] = {}
+        self._known: dict[str, dict[str, tuple[CheckpointMetadata | SessionRecord, orjson.Fragment]]] = {}
 
-    def of(self, index: Index) -> tuple[dict[str, orjson.Fragment], dict[str, orjson.Fragment]]:
-        """The JSON of every checkpoint and of every session. What `index` no longer holds is forgotten."""
-        before, self._known = self._known, {}
-        for part, records in (("checkpoints", index.checkpoints), ("sessions", index.sessions)):
-            for key, record in records.items():
-                known = before.get((part, key))
-                # Records are immutable, and a known one is held here, so that no other can have come by its identity.
-                if known is None or known[0] is not record:
-                    known = record, _fragment(record)
-                self._known[part, key] = known
-        return self._part("checkpoints", index.checkpoints), self._part("sessions", index.sessions)
-
-    def _part(self, part: str, keys: Iterable[str]) -> dict[str, orjson.Fragment]:
-        return {key: self._known[part, key][1] for key in keys}
+    def of(self, part: str, records: Mapping[str, CheckpointMetadata | SessionRecord]) -> dict[str, orjson.Fragment]:
+        """The JSON of every record of a part of the index. What is no longer among them is forgotten."""
+        before, now = self._known.get(part, {}), {}
+        for key, record in records.items():
+            known = before.get(key)
+            # Records are immutable, and a known one is held here, so that no other can have come by its identity.
+            if known is None or known[0] is not record:
+                known = record, _fragment(record)
+            now[key] = known
+        self._known[part] = now
+        return {key: fragment for key, (_, fragment) in now.items()}
 
 
 def _fragment(record: CheckpointMetadata | SessionRecord) -> orjson.Fragment:
@@ -306,31 +240,35 @@ def serialise(index: Index, pieces: Pieces | None = None) -> bytes:
         pieces: what is known of the records from the last time, and is brought up to date.
 
     Raises:
-        InvalidValue: something in it has no JSON form; the record is named.
+        InvalidValue: something in it has no JSON form, and the record is named; or it is too long to be read again.
     """
     used = _references(index)
     try:
-        checkpoints, sessions = (Pieces() if pieces is None else pieces).of(index)
+        pieces = Pieces() if pieces is None else pieces
         document = {
             **index.unknown,
             "schema_version": SCHEMA_VERSION,
-            "checkpoints": checkpoints,
-            "sessions": sessions,
+            "checkpoints": pieces.of("checkpoints", index.checkpoints),
+            "sessions": pieces.of("sessions", index.sessions),
             "names": {key: name.to_json() for key, name in index.names.items()},
             "configs": {key: value for key, value in index.configs.items() if key in used},
             "fingerprints": {key: value.to_json() for key, value in index.fingerprints.items() if key in used},
         }
-        return orjson.dumps(document, option=_SORTED | orjson.OPT_APPEND_NEWLINE)
+        data = orjson.dumps(document, option=_SORTED | orjson.OPT_APPEND_NEWLINE)
     except TypeError as error:
         raise InvalidValue(name="the index", value=_not_json(index), reason=str(error)) from error
+    if len(data) > MAX_INDEX_BYTES:
+        reason = f"no more than {MAX_INDEX_BYTES} are read again; lower max_records, or keep less in `extra` and notes"
+        raise InvalidValue(name="the index", value=f"{len(data)} bytes", reason=reason)
+    return data
 
 
 def _not_json(index: Index) -> str:
     """Which entry of the index has no JSON form."""
-    for part in _PARTS:
+    for part in PARTS:
         for key, entry in getattr(index, part).items():
             try:
-                orjson.dumps({key: orjson.Fragment(_content(entry))})
+                orjson.dumps({key: orjson.Fragment(content_of(entry))})
             except TypeError:
                 return f"{part}/{key}"
     return "what it was given"
@@ -366,6 +304,12 @@ def _references(index: Index) -> set[str | None]:
     return used
 
 
+def content_of(entry: Any) -> bytes:
+    """An entry of the index in bytes: the same for two that say the same."""
+    plain = entry.to_json() if hasattr(entry, "to_json") else entry
+    return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
+
+
 def check_readable(index: Index, known: Index) -> None:
     """InvalidValue for what is in `index`, is not in `known`, and would be refused when the index is read again."""
     for part, key, entry in _changed_entries(index, known):
@@ -376,7 +320,7 @@ def check_readable(index: Index, known: Index) -> None:
 
 
 def _changed_entries(index: Index, known: Index) -> Iterator[tuple[str, str, Any]]:
-    for part in _PARTS:
+    for part in PARTS:
         before = getattr(known, part)
         yield from ((part, key, entry) for key, entry in getattr(index, part).items() if before.get(key) is not entry)
 
@@ -391,49 +335,6 @@ def _read_back(part: str, key: str, entry: Any) -> None:
     type(entry).from_json(plain)
     if part == "names":
         _checked_name(key)
-
-
-# --- merging -------------------------------------------------------------------------------------
-
-
-def merge(base: Index, ours: Index, theirs: Index) -> Index:
-    """Three-way, by record: the union, the higher revision of what both changed, removals against `base`.
-
-    Each entry takes the greater of both sides in the order: as in the base, removed, changed (by
-    revision, then by content). That is a join, so the merge is associative, commutative and
-    idempotent, and nothing that one side changed is lost to a removal on the other. Of what is named
-    by its content, the configurations and fingerprints, it is always the union.
-    """
-    # What nothing names anymore isn't written, so that nobody ever removes a configuration which the other side needs.
-    bases = {part: {} if part in _BY_CONTENT else getattr(base, part) for part in (*_PARTS, "unknown")}
-    return Index(**{p: _merge_part(before, getattr(ours, p), getattr(theirs, p)) for p, before in bases.items()})
-
-
-def _merge_part(base: dict[str, T], ours: dict[str, T], theirs: dict[str, T]) -> dict[str, T]:
-    merged = {}
-    for key in {**base, **ours, **theirs}:
-        before = base.get(key, _ABSENT)
-        left, right = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
-        winner = left
-        # Records are immutable, so what nobody touched is the same object, and needn't be compared.
-        if left is not right:
-            winner = max((left, right), key=lambda entry: _precedence(before, entry))
-        if winner is not _ABSENT:
-            merged[key] = winner
-    return merged
-
-
-def _precedence(before: Any, entry: Any) -> tuple[int, int, bytes]:
-    if entry is _ABSENT:
-        return (1 if before is not _ABSENT else -1), 0, b""
-    if entry is before or (before is not _ABSENT and _content(entry) == _content(before)):
-        return 0, 0, b""
-    return 2, getattr(entry, "revision", 0), _content(entry)
-
-
-def _content(entry: Any) -> bytes:
-    plain = entry.to_json() if hasattr(entry, "to_json") else entry
-    return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
 
 
 # --- the file ------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from typing import Any, Literal, Self, cast, get_args
 import orjson
 from blake3 import blake3
 
-from ckptcache.metadata import MAX_COUNT, is_valid_id
+from ckptcache.metadata import is_valid_id
 from ckptcache.storage.index import INDEX_NAME
+from ckptcache.values import MAX_COUNT
 
 FORMAT = 1
 _DIGEST = re.compile(r"\Ablake3:[0-9a-f]{64}\Z")

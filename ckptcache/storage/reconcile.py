@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, NotACheckpoint
+from ckptcache.errors import CkptCacheError, IndexDamaged, IndexUnreadable, InvalidValue, NotACheckpoint
 from ckptcache.metadata import CheckpointMetadata, is_valid_id
 from ckptcache.storage import fs, locks
 from ckptcache.storage.index import INDEX_NAME, Index, IndexFile, parse, read_index_bytes, serialise
@@ -118,7 +118,8 @@ def _previous(file: IndexFile) -> Index | None:
 def _adopt_strays(opened: Opened, layout: Layout, ids: set[str]) -> None:
     """Take up those of `ids` that the index doesn't name; what it holds is never changed by a sidecar."""
     strays = Index()
-    for id in sorted(ids - opened.index.checkpoints.keys()):
+    # Not a difference of sets, which goes through all that the index names.
+    for id in sorted(id for id in ids if id not in opened.index.checkpoints):
         try:
             found = read_sidecar(layout, id) if is_valid_id(id) else None
         except CkptCacheError as error:
@@ -162,8 +163,16 @@ def read_sidecar(layout: Layout, id: str) -> Index | None:
 
 
 def sidecar_bytes(record: CheckpointMetadata, index: Index) -> bytes:
-    """The sidecar of `record`: the index cut down to it and the configurations it names."""
-    return serialise(Index(checkpoints={record.id: record}, configs=index.configs, fingerprints=index.fingerprints))
+    """The sidecar of `record`: the index cut down to it and the configurations it names.
+
+    Raises InvalidValue for one that would be too long to be read again.
+    """
+    alone = Index(checkpoints={record.id: record}, configs=index.configs, fingerprints=index.fingerprints)
+    data = serialise(alone)
+    if len(data) > MAX_SIDECAR_BYTES:
+        reason = f"no more than {MAX_SIDECAR_BYTES} are read again; keep less in `extra` and notes"
+        raise InvalidValue(name=f"the record of {record.id}", value=f"{len(data)} bytes", reason=reason)
+    return data
 
 
 # --- observing -----------------------------------------------------------------------------------
@@ -185,9 +194,9 @@ def observe(index: Index, layout: Layout) -> Observed:
             seen.damaged[id] = f"its file has {entry.size} bytes, and its record says {record.size}"
         else:
             seen.available[id] = entry.size
-    for id in files.keys() - index.checkpoints.keys():
+    for id in files:
         # Beside the index only files that it names are checkpoints: an export may lie there, and must not be evicted.
-        if is_valid_id(id) and layout.checkpoint(id).exists():
+        if id not in index.checkpoints and is_valid_id(id) and layout.checkpoint(id).exists():
             seen.unrecorded[id] = layout.checkpoint(id)
     _find_leftovers(seen, index, layout)
     return seen

@@ -230,6 +230,16 @@ def test_quality_rises_with_every_metric(a, b, other, direction):
     assert scores["b"].quality >= scores["w"].quality
 
 
+@given(st.lists(near_the_seams, min_size=1, max_size=6), directions)
+def test_who_lacks_a_metric_gets_no_more_for_it_than_anybody_who_has_it(values, direction):
+    settings = config(quality_metrics={"m": direction})
+    having = [record(f"ckpt_{n}", val_loss=1.0, metrics={"m": value}) for n, value in enumerate(values)]
+    lacking = [record("none", val_loss=1.0), record("nan", val_loss=1.0, metrics={"m": math.nan})]
+    scores = score_group([*having, *lacking], settings)
+    earned = min(0.0, *(scores[r.id].parts["metric.m"] for r in having))
+    assert [scores[r.id].parts["metric.m"] for r in lacking] == [earned, earned]
+
+
 def test_what_is_unknown_or_diverged_has_no_quality_and_says_why():
     unknown, diverged = alone(last_val_loss=1.0), alone(val_loss=-math.inf)
     assert (unknown.quality, unknown.status) == (None, "unknown")

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 from ckptcache.progress.message import RunChange, commit_message
 from ckptcache.progress.views import view_of
-from ckptcache.storage.index import Index, merge
+from ckptcache.storage.index import Index
+from ckptcache.storage.merging import merge
 from tests.progress.runs import HOSTILE, add_session
 
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from ckptcache.errors import IndexDamaged, IndexTooNew
 from ckptcache.metadata import CheckpointMetadata
 from ckptcache.progress.record import Record, conflict_sides, merged, read, told_apart, vouched
-from ckptcache.storage.index import Index, merge, serialise
+from ckptcache.storage.index import Index, serialise
+from ckptcache.storage.merging import merge
 from tests.strategies import indexes
 
 PATH = Path("metadata.json")

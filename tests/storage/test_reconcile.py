@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable
+from ckptcache.errors import IndexDamaged, IndexTooNew, IndexUnreadable, InvalidValue
 from ckptcache.metadata import CheckpointMetadata, Fingerprint, NamePointer, SessionRecord
 from ckptcache.storage import fs, locks, reconcile
 from ckptcache.storage.index import Index, IndexFile, parse, serialise
@@ -550,6 +550,12 @@ def test_a_sidecar_holds_one_record_and_what_it_names(full):
     assert set(found.configs) == {record.model_config}
     assert set(found.fingerprints) == {record.fingerprint}
     assert (found.sessions, found.names) == ({}, {})
+
+
+def test_a_sidecar_too_long_to_be_read_again_is_refused():
+    record = CheckpointMetadata(id=A, notes="x" * reconcile.MAX_SIDECAR_BYTES)
+    with pytest.raises(InvalidValue, match=f"the record of {A} cannot be .* are read again; keep less"):
+        sidecar_bytes(record, Index())
 
 
 def stray(cache, sidecar):
