@@ -65,6 +65,11 @@ class InFlight:
         self._notice_fork()
         return self._flight is not None
 
+    def has(self, staging: Staging) -> bool:
+        """Whether that is being saved in a thread by now."""
+        flight = self._flight
+        return flight is not None and flight.staging is staging and flight.thread.ident is not None
+
     def go(self) -> None:
         """Let what was started begin: it would take the interpreter's lock from a caller who isn't done yet."""
         if self._flight is not None:

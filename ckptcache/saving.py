@@ -61,9 +61,10 @@ class Saver:
             _end(staging)
             return self._write(draft, publication, partial(_fill, draft, publication))
         except BaseException:
-            _end(staging)
-            _withdraw(publication)
-            raise
+            if staging is None or not self.in_flight.has(staging):
+                _end(staging)
+                _withdraw(publication)
+            raise  # what was started by then goes on, and counts when it is done
         finally:
             self.in_flight.go()
         if staging.must_settle_at_once:
@@ -114,6 +115,7 @@ class Saver:
             raise NoSpace(id=draft.record.id, path=folder, needed=needed, free=free)
 
     def _fill_staged(self, draft: Draft, publication: Publication, staging: Staging) -> Written:
+        staging.begin()
         try:
             written = self._fill_from_copy(draft, publication, staging)
             publication.file.sync()

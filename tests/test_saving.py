@@ -1,3 +1,4 @@
+import copy
 import errno
 import gc
 import logging
@@ -16,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckptcache import TrainingCache
 from ckptcache.errors import CacheDirNotWritable, NoSpace, NotSavable, SaveFailed
+from ckptcache.saving import Saver
 from ckptcache.state.rng import capture_rng
 from ckptcache.storage import fs
 from tests.caches import (
@@ -422,6 +424,25 @@ def test_without_a_thread_to_be_had_it_is_saved_at_once_and_nothing_stays_in_fli
         assert not cache.is_saving
     assert ids(cache.checkpoints()) == [record.id]
     assert record.size == file_of(cache, record).stat().st_size
+
+
+def test_what_was_started_when_an_interrupt_comes_is_saved_whole(cache, monkeypatch):
+    training, start = Training(), Saver._start
+
+    def interrupted(saver, *arguments):
+        start(saver, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Saver, "_start", interrupted)
+        cache.save(training.objects, iteration=1, val_loss=1.0, blocking=False)
+    saved = {name: copy.deepcopy(each.state_dict()) for name, each in training.objects.items()}
+    training.train(3)
+    cache.wait_until_finished()
+    (record,) = cache.checkpoints()
+    fresh = Training(1)
+    cache.restore(fresh.objects, resume=record.id)
+    assert torch.equal(fresh.model[0].weight, saved["model"]["0.weight"])
 
 
 def test_whoever_waits_sees_an_unannounced_change_through_where_the_thread_that_saved_is_idle(cache):

@@ -6,15 +6,24 @@ import mmap
 import os
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
 import torch
 
 IDLE_SECONDS = 300.0
-"""How long memory is kept for the next save: fresh pages for 1.5 GB cost more than copying as much into used ones."""
+"""How long memory is kept for the next save, at the least: fresh pages for 1.5 GB cost more than all else of a copy."""
+LONGEST_IDLE_SECONDS = 7200.0
+"""And at the most, where saves are further apart."""
+_PATIENCE = 1.5
+"""So many times as long as the last save was after the one before."""
+_PORTABLE = 1
+"""cudaHostRegisterPortable: locked for every device of the process, not only for the one that is current."""
 _MARGIN = 64 << 20
 """Bytes that are left to the rest of the program."""
+_NO_DEVICE = -1
+"""torch's own word for it."""
 _HUGE_PAGE = 2 << 20
 _WIPE_ON_FORK = 18
 """MADV_WIPEONFORK (Linux 4.14), which Python has no name for."""
@@ -27,14 +36,18 @@ class Arena:
     keep the pages of the save before, and have the next one copy each page that it writes.
     """
 
-    def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(self, idle_seconds: float = IDLE_SECONDS, longest: float = LONGEST_IDLE_SECONDS) -> None:
         self._idle_seconds = idle_seconds
+        self._longest = longest
         self._begin()
 
     def _begin(self) -> None:
         self._process = os.getpid()
         self._memory: mmap.mmap | None = None
+        self._taken: float | None = None
+        self._pause = 0.0
         self._is_pinned = False
+        self._device = _NO_DEVICE
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
@@ -48,22 +61,30 @@ class Arena:
             self._begin()  # a child has its own; the lock may have been held when it was forked
         with self._lock:
             self._stop_timer()
+            self._notice_pause()
             if self._memory is None or len(self._memory) < size:
                 self._drop()  # the old goes before the new comes
                 self._memory = _allocate(size)
             if self._memory is None:
                 return None
             if pinned and not self._is_pinned:
+                self._device = _current_device()
                 self._is_pinned = _register(self._memory)
             return memoryview(self._memory)[:size]
 
+    def _notice_pause(self) -> None:
+        now = time.monotonic()
+        self._pause = 0.0 if self._taken is None else now - self._taken
+        self._taken = now
+
     def give_back(self) -> None:
-        """The save is over; unless another one comes, the memory goes after a while."""
+        """The save is over; unless another one comes in about the time that this one took to come, the memory goes."""
         with self._lock:
             self._stop_timer()
             if self._memory is not None:
                 # Weakly, or it would keep the memory of a cache that nobody holds any more.
-                timer = threading.Timer(self._idle_seconds, _release, [weakref.ref(self)])
+                seconds = max(self._idle_seconds, min(_PATIENCE * self._pause, self._longest))
+                timer = threading.Timer(seconds, _release, [weakref.ref(self)])
                 timer.daemon = True
                 try:
                     timer.start()
@@ -86,7 +107,9 @@ class Arena:
     def _drop(self) -> None:
         memory, self._memory = self._memory, None
         if self._is_pinned and memory is not None:
-            torch.cuda.cudart().cudaHostUnregister(_address(memory))  # type: ignore[no-untyped-call]
+            # In a thread of its own this would take place on the first device, and waken it.
+            with torch.cuda.device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(_address(memory))  # type: ignore[no-untyped-call]
         self._is_pinned = False
 
     @property
@@ -134,8 +157,13 @@ def _wipe_on_fork() -> int | None:
     return _WIPE_ON_FORK if sys.platform == "linux" else None
 
 
+def _current_device() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else _NO_DEVICE
+
+
 def _register(memory: mmap.mmap) -> bool:
-    return int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), 0)) == 0  # type: ignore[no-untyped-call]
+    size = len(memory)
+    return int(torch.cuda.cudart().cudaHostRegister(_address(memory), size, _PORTABLE)) == 0  # type: ignore[no-untyped-call]
 
 
 def _address(memory: mmap.mmap) -> int:

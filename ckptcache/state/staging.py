@@ -67,6 +67,7 @@ class Staging:
         """The same tree; what was copied at once shares nothing with the live objects any more."""
         self._live = [(tensor, _version(tensor)) for tensor, key in tensors if key not in copies]
         self._streams = side_streams(storages.values())
+        self._device = torch.cuda.current_device() if self._streams else None
         self.caller = threading.current_thread()
         """The thread that saves, and is taken to be the one that changes the tensors."""
         self._work = Work()
@@ -125,6 +126,11 @@ class Staging:
         )
 
     # --- in the thread that saves ----------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Go on with the device that was current at the call: a new thread's is the first, where others may train."""
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
 
     def copy_into(self, image: memoryview, between: Iterable[tuple[int, bytes]], placed: Iterable[Placed]) -> None:
         """Fill the image of a file: `between` by offset, and each of `placed` in its place.

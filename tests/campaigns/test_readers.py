@@ -109,8 +109,12 @@ def test_readers_never_see_half_a_checkpoint_and_never_an_empty_cache(
     counted(CAMPAIGN, "saves meanwhile, at the least", saves)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_readers_show_a_look_that_is_not_repeated(quick_path, counted):
     with pytest.raises(AssertionError):
-        read_through(keep_one, Readers(quick_path, variants.without_a_second_look), 4, 300, 0)
+        # Where a machine is busy with other things, a reader may never look at the wrong instant.
+        for attempt in range(8):
+            folder = quick_path / str(attempt)
+            folder.mkdir()
+            read_through(keep_one, Readers(folder, variants.without_a_second_look), 4, 300, 0)
     counted.caught(CAMPAIGN, variants.name_of(variants.without_a_second_look))

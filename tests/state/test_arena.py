@@ -51,6 +51,17 @@ def test_it_is_given_back_after_a_while_without_saves_and_not_while_one_is_going
     assert own.size
 
 
+@pytest.mark.parametrize(("longest", "is_kept"), [(60.0, True), (0.1, False)])
+def test_where_saves_are_far_apart_it_is_kept_for_the_next_one_within_limits(longest, is_kept):
+    own = Arena(idle_seconds=0.05, longest=longest)
+    own.take(MB)
+    time.sleep(0.6)
+    own.take(MB)
+    own.give_back()
+    time.sleep(0.4)
+    assert bool(own.size) == is_kept
+
+
 def test_memory_goes_with_its_cache_and_so_does_what_watches_it():
     own = Arena(idle_seconds=0.05)
     own.take(MB)
