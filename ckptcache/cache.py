@@ -117,6 +117,14 @@ class TrainingCache(Marking, Caring):
 
         return describe(state, measured, configs, described, session, self.config.critical_params)
 
+    def prepare(self, objects: Mapping[str, Any]) -> None:
+        """Make ready for saves of `objects` in the background, so that the first is as quick as all others.
+
+        Takes the memory that they are staged in, in a thread, while training goes on. A `TrainingSession` does so
+        after its first step.
+        """
+        self._background().prepare(objects)
+
     def _background(self) -> "Saver":
         if self._saver is None:
             from ckptcache.saving import Saver

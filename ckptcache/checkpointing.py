@@ -48,9 +48,16 @@ class Checkpointer:
         self._cache, self._tally, self._configs, self._parent = cache, tally, configs, parent
         self._events = events
         self._began = 0.0
+        self._is_prepared = False
         self.seconds = 0.0
         """How long the longest save took, from its call until it was known to be durable."""
         self.last_durable: CheckpointMetadata | None = None
+
+    def prepare(self, objects: Mapping[str, Any]) -> None:
+        """Make ready for the first save, once the optimizers have made what they keep: after a step."""
+        if not self._is_prepared:
+            self._is_prepared = True
+            self._cache.prepare(objects)
 
     def offer(
         self, reason: str, state: Mapping[str, Any], session: Callable[[], SessionRecord], **options: Any

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import orjson
+import torch
 
 from ckptcache.catalog import Catalog
 from ckptcache.environment import environment
@@ -13,7 +14,7 @@ from ckptcache.errors import InvalidValue, NotSavable
 from ckptcache.metadata import CheckpointMetadata, SaveReason, SessionRecord, check_id, new_checkpoint_id, utc_now
 from ckptcache.policy import quality
 from ckptcache.policy.compatibility import CriticalParams, Description, architecture_key
-from ckptcache.state.capture import Captured, capture, tensors_in
+from ckptcache.state.capture import Captured, capture
 from ckptcache.state.restore import RNG
 from ckptcache.state.rng import is_rng_state
 from ckptcache.state.staging import storages_of
@@ -97,9 +98,9 @@ def embedded(draft: Draft) -> dict[str, Any]:
     return document
 
 
-def bytes_needed(draft: Draft) -> int:
-    """Bytes that the file will take, generously."""
-    return sum(storage.nbytes() for storage in storages_of(tensors_in(draft.state)).values()) + _OVERHEAD
+def file_size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that a file of so many tensors will take, generously."""
+    return sum(storage.nbytes() for storage in storages_of(tensors).values()) + _OVERHEAD
 
 
 def improves(catalog: Catalog, draft: Draft) -> bool:

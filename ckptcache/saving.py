@@ -11,13 +11,14 @@ from typing import Any
 from ckptcache import rollback
 from ckptcache.background import InFlight
 from ckptcache.catalog import Catalog
-from ckptcache.drafting import Draft, bytes_needed, embedded, with_new_id
+from ckptcache.drafting import Draft, embedded, file_size, with_new_id
 from ckptcache.errors import CkptCacheError, NoSpace, SaveFailed
 from ckptcache.ledger import Change, Ledger
 from ckptcache.metadata import CheckpointMetadata
 from ckptcache.policy import retention
 from ckptcache.state.arena import Arena
-from ckptcache.state.staging import Staging, TakenAgain
+from ckptcache.state.capture import tensors_in
+from ckptcache.state.staging import Staging, TakenAgain, is_small, tensors_of
 from ckptcache.storage import fs, ptfile
 from ckptcache.storage.index import Index
 from ckptcache.storage.integrity import Written
@@ -76,6 +77,12 @@ class Saver:
         while not self.in_flight.start(partial(self._write, draft, publication, fill), staging, _owner(draft)):
             self.in_flight.wait()  # another thread was quicker
 
+    def prepare(self, objects: Mapping[str, Any]) -> None:
+        """Take the memory that saves of `objects` in the background will be staged in, before the first of them."""
+        size = file_size(tensors_of(objects))
+        if not is_small(size):
+            self._arena.prepare(size)
+
     def wait(self, session: str | None = None) -> None:
         """Wait for the save in flight; raises what the last one failed with that `session`, or no session, made."""
         self.in_flight.wait()
@@ -105,7 +112,7 @@ class Saver:
 
     def _make_room(self, draft: Draft) -> None:
         """Where the disk is full, give up what is beyond the limits already; never the best or the latest for it."""
-        needed, folder = bytes_needed(draft), self._ledger.layout.checkpoints
+        needed, folder = file_size(tensors_in(draft.state)), self._ledger.layout.checkpoints
         if needed > fs.free_bytes(folder) and self._ledger.config.auto_cleanup and folder.exists():
             with self._ledger.change() as change:
                 catalog = change.catalog()

@@ -291,6 +291,7 @@ class TrainingSession(Ending):
         self._deadline.saved(self._stretch.saves.seconds)
         if self.recover():
             return
+        self._stretch.saves.prepare(self._registry.objects)
         is_last = self._is_over() or is_last
         if self._signals.stop is not None or self._signals.save_requested:
             self._signals.save_requested = False

@@ -273,6 +273,31 @@ def test_what_resume_names_must_exist_and_nothing_is_written_otherwise(tmp_path)
     assert not (tmp_path / "c").exists()
 
 
+class Asked(nn.Linear):
+    asked = 0
+
+    def state_dict(self, *args, **kwargs):
+        self.asked += 1
+        return super().state_dict(*args, **kwargs)
+
+
+def test_the_memory_of_the_first_save_is_taken_after_the_first_step_without_asking_for_any_state(tmp_path):
+    cache, model = cache_at(tmp_path), Asked(1024, 1024)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with TrainingSession(cache, resume="never") as session:
+        session.register("model", model)
+        session.register("optimizer", optimizer)
+        sizes, asked = [], []
+        for _ in session.steps(3):
+            sizes.append(cache._background()._arena.size)
+            asked.append(model.asked)
+            model(torch.ones(1, 1024)).sum().backward()
+            optimizer.step()
+    assert sizes[0] == 0
+    assert sizes[1] == sizes[2] > 3 * 4 * 1024**2
+    assert len(set(asked)) == 1
+
+
 def test_a_session_is_entered_once_and_closed_for_good(cache):
     session = Job().run(cache, 1)
     with pytest.raises(SessionClosed):

@@ -25,8 +25,11 @@ _MARGIN = 64 << 20
 _NO_DEVICE = -1
 """torch's own word for it."""
 _HUGE_PAGE = 2 << 20
+_AT_ONCE = 32 << 20
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE (Linux 5.14), which Python has no name for; nor has it for the next."""
 _WIPE_ON_FORK = 18
-"""MADV_WIPEONFORK (Linux 4.14), which Python has no name for."""
+"""MADV_WIPEONFORK (Linux 4.14)."""
 
 
 class Arena:
@@ -71,6 +74,24 @@ class Arena:
                 self._device = _current_device()
                 self._is_pinned = _register(self._memory)
             return memoryview(self._memory)[:size]
+
+    def prepare(self, size: int) -> None:
+        """Take `size` bytes for the next save, and have the system give them now, in a thread.
+
+        Otherwise the first save would be copied into pages that the system has yet to find and clear: that takes far
+        longer than the copy, and the next step waits for it. Nothing happens where there are as many already, or
+        where memory doesn't suffice.
+        """
+        if self._process != os.getpid():
+            self._begin()
+        with self._lock:
+            if self._memory is None:
+                self._memory = _allocate(size)
+                if self._memory is not None:
+                    with contextlib.suppress(RuntimeError):  # no more threads: the first save does it
+                        threading.Thread(
+                            target=_populate, args=(self._memory,), name="ckptcache-prepare", daemon=True
+                        ).start()
 
     def _notice_pause(self) -> None:
         now = time.monotonic()
@@ -144,6 +165,16 @@ def _allocate(size: int) -> mmap.mmap | None:
             with contextlib.suppress(OSError):
                 memory.madvise(advice)
     return memory
+
+
+def _populate(memory: mmap.mmap) -> None:
+    """Have every page of `memory` there, whatever it holds (Linux 5.14; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        library, start = ctypes.CDLL(None), _address(memory)
+        for offset in range(0, len(memory), _AT_ONCE):
+            # Not by mmap's own method, which keeps the interpreter's lock all the while.
+            length = min(_AT_ONCE, len(memory) - offset)
+            library.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), _POPULATE_WRITE)
 
 
 def _anonymous(size: int) -> mmap.mmap:

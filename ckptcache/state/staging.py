@@ -256,10 +256,24 @@ def changed_by_steps_only(objects: Mapping[str, Any]) -> set[int]:
     return {_key(t) for t in (*trained, *kept, *beside) if not t.is_inference()} - buffers - {_NO_STORAGE}
 
 
+def tensors_of(objects: Mapping[str, Any]) -> list[torch.Tensor]:
+    """What the modules and optimizers among `objects` hold; nobody's `state_dict` is called for it."""
+    found = [value for _, value in walk_objects(objects)]
+    modules = [value for value in found if isinstance(value, nn.Module)]
+    optimizers = [value for value in found if isinstance(value, Optimizer)]
+    held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return held + [t for optimizer in optimizers for state in optimizer.state.values() for t in tensors_in(state)]
+
+
+def is_small(size: int) -> bool:
+    """Whether a state of `size` bytes is copied at the call, whatever changes it."""
+    return size <= _SMALL * AT_ONCE
+
+
 def _to_copy_at_once(
     storages: Mapping[int, torch.UntypedStorage], objects: Mapping[str, Any]
 ) -> Mapping[int, torch.UntypedStorage]:
-    if _total(storages.values()) <= _SMALL * AT_ONCE:
+    if is_small(_total(storages.values())):
         return storages
     may_wait = changed_by_steps_only(objects)
     return {key: storage for key, storage in storages.items() if key not in may_wait}

@@ -47,6 +47,9 @@ class Peer:
         """Where the latest checkpoint is, a file or a folder."""
         return self.folder / f"{self.number}"
 
+    def get_ready(self, training: Training) -> None:
+        """What is done once, when training has begun."""
+
     def save(self, training: Training) -> None:
         """Save, or begin to."""
         self.number += 1
@@ -94,6 +97,10 @@ class Ours(Peer):
         super().__init__(folder)
         # Removing what is beyond the limit is left to `remove_older`, as it is for the others.
         self.cache = TrainingCache(folder, max_checkpoints=1, max_cache_size_gb=1000.0, auto_cleanup=False)
+
+    def get_ready(self, training: Training) -> None:
+        if not self.blocking:
+            self.cache.prepare({"model": training.model, "optimizer": training.optimizer})
 
     def write(self, training: Training) -> None:
         objects = {"model": training.model, "optimizer": training.optimizer}

@@ -26,6 +26,8 @@ TOGETHER_BELOW = 10**9
 RAW = "raw"
 LENGTH = 64
 """Tokens of a step's sequence."""
+STEPS_BEFORE = 10
+"""Steps from the beginning of a training to its first save, which are few."""
 
 
 def cases(options: Options) -> list[Case]:
@@ -71,8 +73,8 @@ def _measure(case: Case, name: str, size: int, folder: Path) -> Result:
     kind = PEERS[name]
     with closing(kind(folder / name)) as peer:
         without = _resident(training)
+        first = _first(peer, training)
         save_alone(peer, training)
-        in_step(peer, training)
         alone, steps, highest = [], [], 0
         for _ in range(case.repeats):
             _resident(training)
@@ -91,6 +93,7 @@ def _measure(case: Case, name: str, size: int, folder: Path) -> Result:
                 "call": [call for call, _ in steps],
                 "wait": [wait for _, wait in steps],
                 "blocked": [call + wait for call, wait in steps],
+                "first": [first],
                 "finished": [found.finished for found in alone],
                 "durable": [found.durable for found in alone],
                 "processor": [found.processor for found in alone],
@@ -102,6 +105,15 @@ def _measure(case: Case, name: str, size: int, folder: Path) -> Result:
         verified=kind.verified,
         atomic=kind.atomic,
     )
+
+
+def _first(peer: Peer, training: Training) -> float:
+    """How long the loop stands still for the first save of a training, which has made a few steps."""
+    peer.get_ready(training)
+    for _ in range(STEPS_BEFORE):
+        training.gradients()
+        training.update()
+    return sum(in_step(peer, training))
 
 
 def _resident(training: Training) -> int:
@@ -190,7 +202,7 @@ def _one_size(rows: list[Result]) -> list[str]:
     lines = tables.table(
         [
             named(rows),
-            *times(rows, {"blocked": "blocked_ms"}),
+            *times(rows, {"blocked": "blocked_ms", "first": "first_ms"}),
             tables.Column("× best", ratios(rows, "blocked_ms"), right=True),
             *times(rows, {"call": "call_ms", "wait": "wait_ms", "finished": "finished_ms"}, keep=20),
             *times(rows, {"durable": "durable_ms"}),

@@ -146,6 +146,37 @@ def test_pages_that_were_locked_for_a_device_are_unlocked_before_they_go(monkeyp
     assert first not in library.locked
 
 
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_what_is_prepared_is_there_before_it_is_taken():
+    own, before = Arena(), resident()
+    own.prepare(64 * MB)
+    wait_until(lambda: resident() - before > 60 * MB)
+    own.take(64 * MB)
+    assert own.size == 64 * MB
+
+
+def test_a_save_may_take_what_is_still_being_prepared_or_drop_it():
+    own = Arena()
+    for size in (32, 48, 40):
+        own.prepare(32 * MB)
+        view = own.take(size * MB)
+        view[:] = bytes([7]) * len(view)
+        own.prepare(MB)
+        assert view[0] == view[-1] == 7
+        own.release()
+    assert own.size == 0
+
+
+def test_nothing_is_prepared_where_memory_is_short(monkeypatch):
+    own = Arena()
+    monkeypatch.setattr(arena, "available_bytes", lambda: 65 * MB)
+    own.prepare(MB)
+    assert own.size == 0
+
+
 def test_a_forked_child_shares_nothing_of_it():
     own = Arena()
     view = own.take(MB)
