@@ -10,11 +10,11 @@ from typing import Any, Self
 
 import orjson
 
-from ckptcache import trace
 from ckptcache.checkpointing import SURVIVABLE
 from ckptcache.errors import CkptCacheError
 from ckptcache.events import Events
 from ckptcache.facts import Facts
+from ckptcache.proof import trace
 from ckptcache.recovery import Recovery
 from ckptcache.signals import SignalWatch
 from ckptcache.state.restore import RNG

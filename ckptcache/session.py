@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ckptcache import trace
 from ckptcache.cache import TrainingCache
 from ckptcache.checkpointing import SURVIVABLE
 from ckptcache.config import in_scratch
@@ -29,6 +28,7 @@ from ckptcache.overrides import (
     settings_of,
 )
 from ckptcache.policy.divergence import DivergenceGuard
+from ckptcache.proof import trace
 from ckptcache.recovery import Divergence, Recovery, clear_gradients
 from ckptcache.registry import Registry, check_spelling, stray_tensors
 from ckptcache.signals import SignalWatch

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from ckptcache.proving import POLICIES, Child, Launch, Verdict, command_launcher, prove
+from ckptcache.proof.proving import POLICIES, Child, Launch, Verdict, command_launcher, prove
 from ckptcache.storage import fs
 
 
@@ -49,7 +49,7 @@ def assert_resumes_exactly(
     Raises:
         AssertionError: something differs; the message names the first thing that does, and the usual cause.
         ValueError: `resume` is none of these.
-        NothingToProve, ProofFailed, InvalidValue: see `ckptcache.proving.prove`.
+        NothingToProve, ProofFailed, InvalidValue: see `ckptcache.proof.proving.prove`.
     """
     if resume not in POLICIES:
         raise ValueError(f"resume must be one of {', '.join(POLICIES)}, not {resume!r}")

@@ -19,7 +19,7 @@ _THIRD = tuple(
 )
 _FOURTH = tuple(
     "curves tally events deadline overrides registry checkpointing signals warming startup stretch recovery proof "
-    "judging trace facts ending session trainer display proving testing workflow".split()
+    "facts ending session trainer display testing workflow".split()
 )
 FLOORS = {
     1: ("errors", "values", "elsewhere", "config", "fields", "metadata", "environment", "words"),

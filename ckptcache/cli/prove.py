@@ -54,8 +54,8 @@ def prove(
       ckptcache prove -- python train.py --max_iters 40
       ckptcache prove --kills 5 --resume auto -- python train.py
     """
-    from ckptcache.proving import command_launcher
-    from ckptcache.proving import prove as run_all
+    from ckptcache.proof.proving import command_launcher
+    from ckptcache.proof.proving import prove as run_all
 
     try:
         with _status() as told:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptcache import proving
 from ckptcache.cache import TrainingCache
+from ckptcache.proof import proving
 from ckptcache.session import TrainingSession
 from ckptcache.testing import _function_launcher
 from tests.cli.conftest import ROOT, ckptcache_cli, environment, process, terminal
@@ -126,5 +126,5 @@ def test_ctrl_c_ends_the_command_and_leaves_nothing(folder):
 
 
 def test_it_does_not_need_torch_itself(folder):
-    code = "import sys, ckptcache.proving, ckptcache.testing, ckptcache.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, ckptcache.proof.proving, ckptcache.testing, ckptcache.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

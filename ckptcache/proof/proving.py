@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from ckptcache.config import SCRATCH
 from ckptcache.errors import InvalidValue, NothingToProve, ProofFailed
-from ckptcache.judging import Attempt, Difference, by_itself, judge
-from ckptcache.proof import (
+from ckptcache.proof.judging import Attempt, Difference, by_itself, judge
+from ckptcache.proof.moments import (
     GENERATOR,
     UNREGISTERED,
     VARIABLE,

@@ -1,7 +1,18 @@
 """Judgements over traces that are made by hand: what is to blame, where it is found first, and why."""
 
-from ckptcache.judging import by_itself, judge
-from ckptcache.proof import GENERATOR, LOADER, MODEL, OPTIMIZER, OTHER, UNREGISTERED, Kill, Leaves, Moment, SessionTrace
+from ckptcache.proof.judging import by_itself, judge
+from ckptcache.proof.moments import (
+    GENERATOR,
+    LOADER,
+    MODEL,
+    OPTIMIZER,
+    OTHER,
+    UNREGISTERED,
+    Kill,
+    Leaves,
+    Moment,
+    SessionTrace,
+)
 
 KINDS = {
     "rng.python": GENERATOR,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from ckptcache.proof import GENERATOR, LOADER, MODEL, OPTIMIZER, OTHER, VARIABLE, Instruction, Kill, read_trace
+from ckptcache.proof.moments import GENERATOR, LOADER, MODEL, OPTIMIZER, OTHER, VARIABLE, Instruction, Kill, read_trace
+from ckptcache.proof.trace import Recorder, Trace, from_environment, kind_of
 from ckptcache.session import TrainingSession
-from ckptcache.trace import Recorder, Trace, from_environment, kind_of
 from tests.faults import run_child
 from tests.jobs import Job, cache_at
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptcache.proof import (
+from ckptcache.proof.moments import (
     BATCH,
     GENERATOR,
     LOADER,

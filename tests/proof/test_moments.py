@@ -3,7 +3,7 @@
 import orjson
 import pytest
 
-from ckptcache.proof import (
+from ckptcache.proof.moments import (
     BATCH,
     GENERATOR,
     LOADER,

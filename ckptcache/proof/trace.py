@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ckptcache.proof import (
+from ckptcache.proof.moments import (
     GENERATOR,
     LOADER,
     MODEL,

@@ -18,8 +18,8 @@ from torch import nn
 from ckptcache.cache import TrainingCache
 from ckptcache.errors import InvalidValue, NothingToProve, ProofFailed
 from ckptcache.policy.divergence import DivergenceGuard
-from ckptcache.proof import Leaves, Moment, SessionTrace
-from ckptcache.proving import command_launcher, plan_kills, prove
+from ckptcache.proof.moments import Leaves, Moment, SessionTrace
+from ckptcache.proof.proving import command_launcher, plan_kills, prove
 from ckptcache.session import TrainingSession
 from ckptcache.state.rng import seed_everything
 from ckptcache.testing import _function_launcher

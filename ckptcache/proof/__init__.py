@@ -1,0 +1,1 @@
+"""Proving that a training resumes exactly: what its sessions record, what two records say, and the runs."""
