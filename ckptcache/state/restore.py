@@ -68,8 +68,7 @@ def apply(
     undo: list[Callable[[], None]] = []
     try:
         for key, target in pairs:
-            exchange = _exchange(target, key, state) if uses_up else None
-            _guarded(key, id, partial(_restore_kept, target, state[key], key, undo, exchange))
+            _guarded(key, id, partial(_restore_kept, target, state, key, undo, uses_up))
         if rng and RNG in state:
             generators = capture_rng()
             undo.append(lambda: restore_rng(generators))
@@ -103,13 +102,15 @@ def _stored(tree: Any) -> list[torch.Tensor]:
     return [tensor for tensor in tensors_in(tree) if tensor.layout is torch.strided]
 
 
-def _restore_kept(target: Any, saved: Any, key: str, undo: list[Callable[[], None]], exchange: Exchange | None) -> None:
-    if exchange is not None:
+def _restore_kept(
+    target: Any, state: Mapping[str, Any], key: str, undo: list[Callable[[], None]], uses_up: bool
+) -> None:
+    if uses_up and (exchange := _exchange(target, key, state)) is not None:
         undo.append(exchange.undo)
         exchange.run()
         return
     undo.append(_kept(target))
-    _restore_one(target, saved, key)
+    _restore_one(target, state[key], key)
 
 
 def _put_all_back(undo: list[Callable[[], None]]) -> None:
@@ -340,8 +341,10 @@ def _kept_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     hooks = (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict or any(hooks):
         return copy.deepcopy(state)
-    # torch's own puts other tensors in their places, and leaves these as they are.
-    return {**copy.deepcopy({**state, "state": {}}), "state": {key: dict(held) for key, held in state["state"].items()}}
+    # torch's own puts other tensors in their places, and leaves these as they are; whatever has another kind of key
+    # than a parameter it takes as it is, too.
+    held = {key: dict(each) if isinstance(each, dict) else copy.deepcopy(each) for key, each in state["state"].items()}
+    return {**copy.deepcopy({**state, "state": {}}), "state": held}
 
 
 def _kept_mapping(target: dict[Any, Any]) -> Callable[[], None]:
