@@ -7,9 +7,10 @@ number generators at the very end; any failure puts everything back.
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -92,14 +93,18 @@ def _exchange(target: Any, key: str, state: Mapping[str, Any]) -> Exchange | Non
     """What restores a module without a copy of what it held; None where it takes one."""
     if not isinstance(target, nn.Module) or not isinstance(state[key], Mapping):
         return None
-    others = {tensor.untyped_storage()._cdata for part in state if part != key for tensor in _stored(state[part])}
-    if any(tensor.untyped_storage()._cdata in others for tensor in _stored(state[key])):
+    others = [tensor for part in state if part != key for tensor in tensors_in(state[part])]
+    if _may_share_memory(tensors_in(state[key]), others):
         return None  # another part would get what the module held
     return exchange_of(target, _under_own_names(target, state[key]))
 
 
-def _stored(tree: Any) -> list[torch.Tensor]:
-    return [tensor for tensor in tensors_in(tree) if tensor.layout is torch.strided]
+def _may_share_memory(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether one of `others` lies in the memory of one of `tensors`; a sparse one, which has several, may."""
+    if any(tensor.layout is not torch.strided for tensor in chain(tensors, others)):
+        return True
+    storages = {tensor.untyped_storage()._cdata for tensor in others}
+    return any(tensor.untyped_storage()._cdata in storages for tensor in tensors)
 
 
 def _restore_kept(

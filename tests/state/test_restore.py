@@ -132,6 +132,23 @@ def test_what_else_holds_the_models_tensors_gets_what_was_saved(cache, others):
     assert torch.equal(kept["weight"], saved["0.weight"])
 
 
+def sparse(values: torch.Tensor) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.arange(len(values))[None], values, check_invariants=False)
+
+
+@pytest.mark.parametrize(
+    ("hold", "held_in"),
+    [(lambda tensor: {tensor}, lambda held: next(iter(held))), (sparse, lambda held: held._values())],
+    ids=["a set", "a sparse tensor"],
+)
+def test_what_holds_the_models_tensors_out_of_sight_gets_what_was_saved(cache, hold, held_in):
+    model, saved = nn.Linear(8, 300), nn.Linear(8, 300)
+    cache.save({"model": saved, "kept": hold(saved.bias.detach())}, iteration=3, val_loss=1.0)
+    restored = cache.restore({"model": model})
+    assert torch.equal(model.bias, saved.bias)
+    assert torch.equal(held_in(restored.state["kept"]), saved.bias)
+
+
 def test_a_state_that_is_needed_again_stays_as_it_is():
     model, optimizer = trained(0)
     state = dict(zip(("model", "optimizer"), held(model, optimizer), strict=True))
