@@ -240,6 +240,6 @@ def _copied(value: Any) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return rebuilt(value, {key: _copied(item) for key, item in value.items()})
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, set):
         return type(value)(_copied(item) for item in value)
     return value

@@ -251,7 +251,7 @@ def learning_rates(objects: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """The tensors of a tree of mappings, lists and tuples, in order."""
+    """The tensors of a tree of mappings, lists, tuples and sets, in order."""
     found: list[torch.Tensor] = []
     _collect(tree, found)
     return found
@@ -263,7 +263,7 @@ def _collect(tree: Any, found: list[torch.Tensor]) -> None:
     elif isinstance(tree, dict):
         for value in tree.values():
             _collect(value, found)
-    elif type(tree) in (list, tuple):
+    elif type(tree) in (list, tuple, set):
         for value in tree:
             _collect(value, found)
 

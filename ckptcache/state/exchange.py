@@ -46,7 +46,7 @@ def exchange_of(module: nn.Module, saved: Mapping[str, Any]) -> "Exchange | None
     """
     if not all(_loads_by_copying(each) for each in module.modules()):
         return None
-    ours = module.state_dict()
+    ours = _loaded(module)
     if ours.keys() != saved.keys() or not all(_may_change_places(ours[name], saved[name]) for name in ours):
         return None
     spans = {_span(ours[name], saved[name]) for name in ours if ours[name].numel()}
@@ -61,6 +61,16 @@ def _loads_by_copying(module: nn.Module) -> bool:
         return False
     is_torchs = all(getattr(kind, name) is getattr(nn.Module, name) for name in _METHODS)
     return is_torchs and kind._load_from_state_dict in _BY_TORCH
+
+
+def _loaded(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What `load_state_dict` writes to, by its names; a `state_dict` may be made to hold copies instead."""
+    return {
+        f"{path}.{name}" if path else name: tensor.detach()
+        for path, each in module.named_modules(remove_duplicate=False)
+        for name, tensor in chain(each._parameters.items(), each._buffers.items())
+        if tensor is not None and name not in each._non_persistent_buffers_set
+    }
 
 
 def _may_change_places(ours: Any, saved: Any) -> bool:

@@ -7,9 +7,10 @@ number generators at the very end; any failure puts everything back.
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,7 @@ def apply(
     undo: list[Callable[[], None]] = []
     try:
         for key, target in pairs:
-            exchange = _exchange(target, key, state) if uses_up else None
-            _guarded(key, id, partial(_restore_kept, target, state[key], key, undo, exchange))
+            _guarded(key, id, partial(_restore_kept, target, state, key, undo, uses_up))
         if rng and RNG in state:
             generators = capture_rng()
             undo.append(lambda: restore_rng(generators))
@@ -93,23 +93,29 @@ def _exchange(target: Any, key: str, state: Mapping[str, Any]) -> Exchange | Non
     """What restores a module without a copy of what it held; None where it takes one."""
     if not isinstance(target, nn.Module) or not isinstance(state[key], Mapping):
         return None
-    others = {tensor.untyped_storage()._cdata for part in state if part != key for tensor in _stored(state[part])}
-    if any(tensor.untyped_storage()._cdata in others for tensor in _stored(state[key])):
+    others = [tensor for part in state if part != key for tensor in tensors_in(state[part])]
+    if _may_share_memory(tensors_in(state[key]), others):
         return None  # another part would get what the module held
     return exchange_of(target, _under_own_names(target, state[key]))
 
 
-def _stored(tree: Any) -> list[torch.Tensor]:
-    return [tensor for tensor in tensors_in(tree) if tensor.layout is torch.strided]
+def _may_share_memory(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether one of `others` lies in the memory of one of `tensors`; a sparse one, which has several, may."""
+    if any(tensor.layout is not torch.strided for tensor in chain(tensors, others)):
+        return True
+    storages = {tensor.untyped_storage()._cdata for tensor in others}
+    return any(tensor.untyped_storage()._cdata in storages for tensor in tensors)
 
 
-def _restore_kept(target: Any, saved: Any, key: str, undo: list[Callable[[], None]], exchange: Exchange | None) -> None:
-    if exchange is not None:
+def _restore_kept(
+    target: Any, state: Mapping[str, Any], key: str, undo: list[Callable[[], None]], uses_up: bool
+) -> None:
+    if uses_up and (exchange := _exchange(target, key, state)) is not None:
         undo.append(exchange.undo)
         exchange.run()
         return
     undo.append(_kept(target))
-    _restore_one(target, saved, key)
+    _restore_one(target, state[key], key)
 
 
 def _put_all_back(undo: list[Callable[[], None]]) -> None:
@@ -340,8 +346,10 @@ def _kept_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     hooks = (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict or any(hooks):
         return copy.deepcopy(state)
-    # torch's own puts other tensors in their places, and leaves these as they are.
-    return {**copy.deepcopy({**state, "state": {}}), "state": {key: dict(held) for key, held in state["state"].items()}}
+    # torch's own puts other tensors in their places, and leaves these as they are; whatever has another kind of key
+    # than a parameter it takes as it is, too.
+    held = {key: dict(each) if isinstance(each, dict) else copy.deepcopy(each) for key, each in state["state"].items()}
+    return {**copy.deepcopy({**state, "state": {}}), "state": held}
 
 
 def _kept_mapping(target: dict[Any, Any]) -> Callable[[], None]:

@@ -326,7 +326,7 @@ def _moved(tree: Any, copies: Mapping[int, torch.UntypedStorage]) -> Any:
         return _on_copy(tree, copies)
     if isinstance(tree, dict):
         return rebuilt(tree, {name: _moved(value, copies) for name, value in tree.items()})
-    if type(tree) in (list, tuple):
+    if type(tree) in (list, tuple, set):
         return type(tree)(_moved(value, copies) for value in tree)
     return tree
 

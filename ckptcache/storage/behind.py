@@ -14,9 +14,13 @@ class _Worker(Generic[T]):
 
     def __init__(self, work: Callable[[T], object]) -> None:
         self._work = work
-        self._items: queue.Queue[tuple[T] | None] = queue.Queue(maxsize=1)
+        # Not queue.Queue, which an interrupt inside can leave such that nobody is woken by it any more.
+        self._items: queue.SimpleQueue[tuple[T] | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._room.put(None)
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="ckptcache-behind")
+        # A daemon: were it ever left waiting for another item, it would keep the interpreter from ending.
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="ckptcache-behind", daemon=True)
 
     def start(self) -> None:
         try:
@@ -30,6 +34,7 @@ class _Worker(Generic[T]):
             self._work(item)
             return
         self._tell()
+        self._room.get()
         self._items.put((item,))
 
     def finish(self) -> None:
@@ -38,8 +43,8 @@ class _Worker(Generic[T]):
 
     def stop(self) -> None:
         """Wait for what was handed on, whatever came of it."""
+        self._items.put(None)  # in any case: one that was interrupted while it was started may be about to run
         if self._thread is not None and self._thread.ident is not None:
-            self._items.put(None)
             self._thread.join()
 
     def _tell(self) -> None:
@@ -49,12 +54,17 @@ class _Worker(Generic[T]):
 
     def _run(self) -> None:
         try:
-            while (item := self._items.get()) is not None:
+            while (item := self._next()) is not None:
                 self._work(item[0])
         except BaseException as error:
             self._error = error
-            while self._items.get() is not None:
+            while self._next() is not None:
                 pass
+
+    def _next(self) -> tuple[T] | None:
+        item = self._items.get()
+        self._room.put(None)
+        return item
 
 
 IN_HAND = 3
@@ -73,7 +83,7 @@ def behind(work: Callable[[T], object]) -> Iterator[Callable[[T], None]]:
     try:
         worker.start()  # in here: an interrupt right after it would leave a thread that waits for ever
         yield worker.put
+        worker.finish()
     except BaseException:
         worker.stop()
         raise
-    worker.finish()

@@ -201,19 +201,33 @@ def _check_format(version: Any, path: Path) -> None:
 
 def _decode(image: Image, path: Path, *, hand_over: bool) -> Any:
     try:
-        image.seek(0)
-        if hand_over:
-            with image.handing_over():
-                payload = torch.load(cast(BinaryIO, image), map_location=image.claim, weights_only=True)
-            if not image.left_unclaimed:
-                return payload
-            image.seek(0)
-        return torch.load(cast(BinaryIO, image), map_location="cpu", weights_only=True)
+        try:
+            return _loaded(image, hand_over=hand_over)
+        except UnpicklingError:
+            raise
+        except Exception:
+            if image.interrupt is not None:
+                raise
+            # Torch also fails so where a signal's handler interrupts it, which says nothing of the file.
+            return _loaded(image, hand_over=False)
     except UnpicklingError as error:
         raise UnsafeCheckpoint(path=path, reason=_refused(str(error))) from error
     except Exception as error:
+        if image.interrupt is not None:
+            raise image.interrupt from error
         # A hostile file can make torch fail in any way; none of them may reach the caller as it is.
         raise _failure(error, path) from error
+
+
+def _loaded(image: Image, *, hand_over: bool) -> Any:
+    image.seek(0)
+    if hand_over:
+        with image.handing_over():
+            payload = torch.load(cast(BinaryIO, image), map_location=image.claim, weights_only=True)
+        if not image.left_unclaimed:
+            return payload
+        image.seek(0)
+    return torch.load(cast(BinaryIO, image), map_location="cpu", weights_only=True)
 
 
 def _failure(error: Exception, path: Path) -> CheckpointDamaged | NotACheckpoint:

@@ -51,6 +51,8 @@ class Image(io.RawIOBase):
         self.size = size
         self._is_handing_over = False
         self.left_unclaimed = False
+        self.interrupt: BaseException | None = None
+        """What a signal's handler raised while torch was reading, which torch may take for a fault of the file."""
         self._at = 0
         self._stored = {place.offset: _memory(place.length) for place in places}
         pieces = self._around() | {at: bytes_of(data) for at, data in self._stored.items()}
@@ -90,6 +92,15 @@ class Image(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        try:
+            return self._read_into(buffer)
+        except MemoryError:
+            raise
+        except BaseException as error:
+            self.interrupt = error
+            raise
+
+    def _read_into(self, buffer: Any) -> int:
         target = memoryview(buffer).cast("B")
         stored = self._stored.get(self._at)
         if self._is_handing_over and stored is not None and len(stored) == len(target):

@@ -84,6 +84,41 @@ def test_torch_counts_the_change(made):
         loss.backward()
 
 
+class ShowsCopies(nn.Linear):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({name: tensor.clone() for name, tensor in destination.items() if name.startswith(prefix)})
+
+
+def shows_copies_itself() -> nn.Module:
+    module = nn.Linear(3, 3)
+    module.state_dict = lambda *_, **__: copy.deepcopy(nn.Module.state_dict(module))
+    return module
+
+
+@pytest.mark.parametrize("make", [lambda: ShowsCopies(3, 3), shows_copies_itself])
+def test_a_module_whose_state_dict_holds_copies_is_loaded_itself(make):
+    ours, wanted = make(), nn.Linear(3, 3)
+    before = ours.weight.clone()
+    change = exchange_of(ours, saved_of(wanted))
+    change.run()
+    assert torch.equal(ours.weight, wanted.weight)
+    assert torch.equal(ours.bias, wanted.bias)
+    change.undo()
+    assert torch.equal(ours.weight, before)
+
+
+def test_memory_that_a_parameter_has_left_is_put_back_too():
+    ours, saved = nn.Linear(3, 3), saved_of(nn.Linear(3, 3))
+    left, before = ours.weight.detach(), ours.weight.detach().clone()
+    change = exchange_of(ours, saved)
+    change.run()
+    ours.weight.data = torch.zeros(3, 3)
+    change.undo()
+    assert torch.equal(left, before)
+    assert not ours.weight.any()
+
+
 class OwnWay(nn.Linear):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)

@@ -90,6 +90,36 @@ def test_an_optimizer_that_loads_in_a_way_of_its_own_is_what_it_was(cache):
     assert alike(held(model, optimizer), before)
 
 
+class Counting(torch.optim.SGD):
+    """Keeps what belongs to no parameter beside what does, as torch allows."""
+
+    def step(self, closure=None):
+        self.state["steps"] = self.state.get("steps", 0) + 1
+        self.state.setdefault("history", []).append(self.state["steps"])
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_beside_its_parameters_is_restored_and_put_back(cache):
+    model = nn.Linear(8, 4)
+    optimizer = Counting(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, 3)
+    cache.save({"optimizer": optimizer, "head": nn.Linear(4, 4)}, iteration=3, val_loss=1.0)
+    train(model, optimizer, 2)
+    before = held(optimizer)
+    with pytest.raises(NotRestorable, match="not today"):
+        cache.restore({"optimizer": optimizer, "head": Refusing(4, 4)}, resume=cache.checkpoints()[0].id)
+    assert alike(held(optimizer), before)
+    apply({"optimizer": optimizer}, cache.load(cache.checkpoints()[0].id), id="it")
+    assert optimizer.state["steps"] == 3
+    assert optimizer.state["history"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("saved", [{1: torch.zeros(2)}, {"weight": 1, 2: None}, [torch.zeros(2)], 5])
+def test_what_is_no_state_of_a_module_is_refused_by_name(saved):
+    with pytest.raises(NotRestorable, match="'model' could not be restored"):
+        apply({"model": nn.Linear(2, 2)}, {"model": saved}, id="it", uses_up=True)
+
+
 @pytest.mark.parametrize("others", [{}, {"kept": {"weight": None}}])
 def test_what_else_holds_the_models_tensors_gets_what_was_saved(cache, others):
     model, _ = trained(0)
@@ -100,6 +130,23 @@ def test_what_else_holds_the_models_tensors_gets_what_was_saved(cache, others):
     assert alike(dict(model.state_dict()), dict(saved))
     kept = others["kept"] if others else restored.state["kept"]
     assert torch.equal(kept["weight"], saved["0.weight"])
+
+
+def sparse(values: torch.Tensor) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.arange(len(values))[None], values, check_invariants=False)
+
+
+@pytest.mark.parametrize(
+    ("hold", "held_in"),
+    [(lambda tensor: {tensor}, lambda held: next(iter(held))), (sparse, lambda held: held._values())],
+    ids=["a set", "a sparse tensor"],
+)
+def test_what_holds_the_models_tensors_out_of_sight_gets_what_was_saved(cache, hold, held_in):
+    model, saved = nn.Linear(8, 300), nn.Linear(8, 300)
+    cache.save({"model": saved, "kept": hold(saved.bias.detach())}, iteration=3, val_loss=1.0)
+    restored = cache.restore({"model": model})
+    assert torch.equal(model.bias, saved.bias)
+    assert torch.equal(held_in(restored.state["kept"]), saved.bias)
 
 
 def test_a_state_that_is_needed_again_stays_as_it_is():

@@ -120,6 +120,14 @@ def staged_and_ended(objects):
     return found
 
 
+def test_a_tensor_in_a_set_is_copied_as_one_in_a_list_is():
+    average = torch.rand(50)
+    before = average.clone()
+    found = staged({"seen": {average}})
+    average.zero_()
+    assert torch.equal(next(iter(found.state["seen"])), before)
+
+
 def test_views_ties_and_odd_tensors_stay_what_they_are_in_the_copy():
     base = torch.arange(12.0)
     odd = torch.complex(torch.ones(3), torch.ones(3))

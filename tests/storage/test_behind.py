@@ -1,3 +1,5 @@
+import queue
+import sys
 import threading
 import time
 
@@ -87,3 +89,42 @@ def test_a_caller_that_fails_is_heard_and_leaves_no_thread(threads):
         raise KeyError
     assert done == [1]
     assert threading.active_count() == before
+
+
+def interrupted_at(number, body) -> bool:
+    """Run `body` with an interrupt before the line of that number that is the worker's or its tools'; if it came."""
+    files, left = {behind.__wrapped__.__code__.co_filename, queue.__file__, threading.__file__}, [number]
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename in files and event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    try:
+        sys.settrace(trace)
+        body()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_whatever_line_is_interrupted_no_thread_is_left_and_nobody_waits():
+    def body():
+        with behind(lambda _: None) as put:
+            for item in range(4):
+                time.sleep(0.001)  # by then the worker waits for it
+                put(item)
+
+    number = 1
+    while interrupted_at(number, body):
+        number += 1
+        deadline = time.monotonic() + 5
+        # One that was interrupted before it was started is listed too, and never runs.
+        while any(t.name == "ckptcache-behind" and t.ident is not None for t in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.0001)
+    assert number > 20

@@ -13,6 +13,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptcache import TrainingCache
 from ckptcache.errors import CheckpointDamaged, CkptCacheError
 from ckptcache.storage import audit, integrity, ptfile, ptimage
 from tests.faults import end_of, start_child, wait_until
@@ -312,3 +313,50 @@ def test_what_is_not_asked_for_as_a_whole_is_copied():
 def test_a_file_shorter_than_it_was_is_not_read():
     with pytest.raises(EOFError, match="cut short"):
         ptimage.read(io.BytesIO(b"abc"), [], 4)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, ArithmeticError])
+def test_an_interrupt_while_torch_reads_is_no_damage(tmp_path, monkeypatch, raised):
+    with TrainingCache(tmp_path) as cache:
+        cache.save({"weights": torch.rand(300, 300), "bias": torch.rand(3)}, iteration=1, val_loss=1.0)
+        (id,) = [record.id for record in cache.checkpoints()]
+        actual, copy, calls = torch.load, ptimage.Image._copy_into, []
+        fatal = [0]
+
+        def interrupted(image, *args):
+            calls.append(None)
+            if len(calls) == fatal[0]:
+                raise raised
+            return copy(image, *args)
+
+        def load(*args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(ptimage.Image, "_copy_into", interrupted)
+                return actual(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "load", load)
+        cache.load(id)
+        fatal[0], count = 1, len(calls)
+        while fatal[0] <= count:
+            calls.clear()
+            with pytest.raises(raised):
+                cache.load(id)
+            fatal[0] += 1
+        assert count > 5
+        fatal[0] = 0
+        assert cache.load(id)["bias"].shape == (3,)
+
+
+def test_a_fault_that_torch_does_not_repeat_is_not_the_files(tmp_path, monkeypatch):
+    with TrainingCache(tmp_path) as cache:
+        bias = torch.rand(3)
+        record = cache.save({"weights": torch.rand(300, 300), "bias": bias}, iteration=1, val_loss=1.0)
+        actual, faults = torch.load, [RuntimeError("PytorchStreamReader failed")]
+
+        def load(*args, **kwargs):
+            if faults:
+                raise faults.pop()
+            return actual(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "load", load)
+        assert torch.equal(cache.load(record.id)["bias"], bias)
