@@ -83,7 +83,13 @@ def _is_plain(value: Any) -> bool:
     if type(value) not in _TENSORS or value.layout is not torch.strided:
         return False
     is_as_stored = not (value.is_conj() or value.is_neg() or value.is_quantized or value.is_inference())
-    return is_as_stored and value.device.type == "cpu"
+    return is_as_stored and value.device.type == "cpu" and _is_all_there(value)
+
+
+def _is_all_there(tensor: torch.Tensor) -> bool:
+    """Whether its storage holds all of it: one may be made smaller under it, as some do to save memory."""
+    end = tensor.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= end * tensor.element_size()
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

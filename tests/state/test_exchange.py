@@ -200,6 +200,13 @@ def test_what_does_not_fit_is_left_to_torch(change):
     assert exchange_of(module, change(saved_of(module))) is None
 
 
+def test_a_module_whose_memory_was_given_away_is_left_to_torch():
+    module = nn.Linear(2, 2)
+    saved = saved_of(module)
+    module.weight.untyped_storage().resize_(0)
+    assert exchange_of(module, saved) is None
+
+
 def test_a_module_that_shares_what_was_saved_apart_is_left_to_torch():
     ours, apart = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     ours[1].weight = ours[0].weight
