@@ -28,7 +28,8 @@ def seconds(action: Callable[[], object]) -> float:
 def resident() -> int:
     """Bytes of memory that this process holds; 0 where the system doesn't say.
 
-    What the C library keeps of what was freed is given back first, where it can be (glibc): to use it again would count as taking none.
+    What the C library keeps of what was freed is given back first, where it can be (glibc): to use that again would
+    count as taking none.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
