@@ -79,8 +79,8 @@ class Arena:
         """Take `size` bytes for the next save, and have the system give them now, in a thread.
 
         Otherwise the first save would be copied into pages that the system has yet to find and clear: that takes far
-        longer than the copy, and the next step waits for it. Nothing happens where there are as many already, or
-        where memory doesn't suffice.
+        longer than the copy, and the next step waits for it. Nothing happens where some are held already, or where
+        memory doesn't suffice.
         """
         if self._process != os.getpid():
             self._begin()
